@@ -1,0 +1,1 @@
+"""Where edits come from: the loaders of `datasets`, and what turns edits into batches of prompts."""
