@@ -1,0 +1,227 @@
+"""Weight updates as small files: save, load, merge, apply."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from kedit_lightning.errors import DeltaError, KeditError, ModelError
+from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.fingerprint import fingerprint
+
+FORMAT = "kedit-delta-1"
+
+
+@dataclass(frozen=True)
+class WeightDelta:
+    """Update Δ of one weight matrix: low-rank factors, or dense.
+
+    Args:
+        name: The weight's name among the model's parameters.
+        left: Left factor, shape ``(out, r)``.
+        right: Right factor, shape ``(in, r)``; ``Δ = left rightᵀ``.
+        dense: Δ itself, shape ``(out, in)``, instead of the factors.
+    """
+
+    name: str
+    left: Tensor | None = None
+    right: Tensor | None = None
+    dense: Tensor | None = None
+
+    @classmethod
+    def low_rank(cls, name: str, left: Tensor, right: Tensor) -> WeightDelta:
+        """Update from factors of shapes ``(out, r)`` and ``(in, r)``; kept dense where that is smaller."""
+        (out, r), inner = left.shape, right.shape[0]
+        if r > out * inner / (out + inner):
+            return cls(name, dense=(left.double() @ right.double().T).float().cpu().contiguous())
+        return cls(name, left.float().cpu().contiguous(), right.float().cpu().contiguous())
+
+    @property
+    def update(self) -> Tensor:
+        """Δ in float32, shape ``(out, in)``; the product is taken in float64."""
+        if self.dense is not None:
+            return self.dense
+        assert self.left is not None
+        assert self.right is not None
+        return (self.left.double() @ self.right.double().T).float()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are saved."""
+        named = {"left": self.left, "right": self.right, "dense": self.dense}
+        return {key: value for key, value in named.items() if value is not None}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(out, in)`` of the matrix."""
+        if self.dense is not None:
+            return self.dense.shape[0], self.dense.shape[1]
+        assert self.left is not None
+        assert self.right is not None
+        return self.left.shape[0], self.right.shape[0]
+
+
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place, flush it to the disk, then rename it there: it is whole or it is not there.
+
+    Args:
+        path: The place.
+        write: Called with the path to write to.
+
+    Raises:
+        KeditError: The disk is full, or the place cannot be written to.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> KeditError:
+    """The one line about a file or folder that could not be written; nothing is left of it."""
+    reason = getattr(error, "strerror", None) or error
+    return KeditError(f"{path}: cannot be written ({reason}); make room there, or write somewhere else")
+
+
+def save(path: Path, deltas: Sequence[WeightDelta], metadata: dict[str, Any]) -> None:
+    """Save updates in the order in which they are added.
+
+    Args:
+        path: A ``.safetensors`` file.
+        deltas: The updates.
+        metadata: JSON-able: editor, configuration, case ids, fingerprint of the base model.
+
+    Raises:
+        KeditError: The file cannot be written; nothing is left of it.
+    """
+    # Cloned, because safetensors takes no two tensors that share their memory.
+    tensors = {
+        f"{i:06d}/{delta.name}/{kind}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for i, delta in enumerate(deltas)
+        for kind, tensor in delta.tensors.items()
+    }
+    header = {"format": FORMAT, "metadata": json.dumps(metadata), "sha256": _checksum(tensors)}
+    write_beside(path, lambda beside: beside.write_bytes(to_bytes(tensors, header)))
+
+
+def load(path: Path) -> tuple[list[WeightDelta], dict[str, Any]]:
+    """Load updates and their metadata.
+
+    Args:
+        path: A file that `save` wrote.
+
+    Returns:
+        The updates in the order in which they are added, and the metadata.
+
+    Raises:
+        DeltaError: The file is missing, corrupt, truncated or of another kind.
+    """
+    header, tensors = _read(path, with_tensors=True)
+    if _checksum(tensors) != header["sha256"]:
+        raise _corrupt(path, "the checksum does not fit")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(tensors):
+        where, _, kind = key.rpartition("/")
+        found.setdefault(where, {})[kind] = tensors[key]
+    return [WeightDelta(where.split("/", 1)[1], **kinds) for where, kinds in found.items()], header["metadata"]
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a file that `save` wrote, without its tensors.
+
+    Raises:
+        DeltaError: The file is missing, corrupt, truncated or of another kind.
+    """
+    metadata: dict[str, Any] = _read(path, with_tensors=False)[0]["metadata"]
+    return metadata
+
+
+def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        msg = f"{path}: no such delta file; a run keeps them in its folder as delta.safetensors and deltas/"
+        raise DeltaError(msg)
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                got = header.get("format", "none")
+                msg = f"{path}: expected a delta file (format {FORMAT}), got a safetensors file of format {got}"
+                raise DeltaError(msg)
+            tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
+        return {"sha256": header["sha256"], "metadata": json.loads(header["metadata"])}, tensors
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise _corrupt(path, error) from error
+
+
+def _corrupt(path: Path, reason: object) -> DeltaError:
+    return DeltaError(f"{path}: the delta file is corrupt or truncated ({reason}); take another copy, or edit again")
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key} {tuple(tensors[key].shape)}".encode())
+        digest.update(tensors[key].numpy().data.cast("B"))
+    return digest.hexdigest()
+
+
+def merge(deltas: Iterable[WeightDelta]) -> list[WeightDelta]:
+    """One update a matrix, in the order of first appearance; equal to the sequence up to rounding."""
+    by_name: dict[str, list[WeightDelta]] = {}
+    for delta in deltas:
+        by_name.setdefault(delta.name, []).append(delta)
+    return [parts[0] if len(parts) == 1 else _sum(parts) for parts in by_name.values()]
+
+
+def _sum(parts: Sequence[WeightDelta]) -> WeightDelta:
+    lefts = [part.left for part in parts if part.left is not None]
+    rights = [part.right for part in parts if part.right is not None]
+    if len(lefts) == len(parts):
+        return WeightDelta.low_rank(parts[0].name, torch.cat(lefts, dim=1), torch.cat(rights, dim=1))
+    total = parts[0].update.double()
+    for part in parts[1:]:
+        total += part.update
+    return WeightDelta(parts[0].name, dense=total.float())
+
+
+def check(base: LanguageModel, deltas: Sequence[WeightDelta], metadata: dict[str, Any], path: Path) -> None:
+    """Refuse updates that were not made for this model.
+
+    Raises:
+        DeltaError: A matrix is missing or of another shape, or the fingerprint differs.
+    """
+    for delta in deltas:
+        try:
+            shape = tuple(base.weight(delta.name).shape)
+        except ModelError:
+            shape = None
+        if shape != delta.shape:
+            msg = (
+                f"{path}: the delta is of another model: it updates {delta.name} of shape {delta.shape}, this model "
+                f"has {shape or 'no such matrix'}; it was made for {metadata.get('base', 'an unknown model')}"
+            )
+            raise DeltaError(msg)
+    made_on = metadata.get("fingerprint")
+    if made_on is not None and fingerprint(base, made_on["names"]) != made_on["value"]:
+        msg = (
+            f"{path}: the delta is of another model: configuration, tokenizer or edited matrices differ from those of "
+            f"{metadata.get('base', 'its base model')}; apply it to the model it was made on"
+        )
+        raise DeltaError(msg)

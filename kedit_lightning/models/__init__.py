@@ -1,0 +1,7 @@
+"""The base model: architectures, tokenisation, reading, adding and writing."""
+
+from kedit_lightning.models.architectures import ARCHITECTURES, Architecture
+from kedit_lightning.models.encoding import IGNORE, Batch, Row, collate, encode
+from kedit_lightning.models.language_model import LanguageModel
+
+__all__ = ["ARCHITECTURES", "IGNORE", "Architecture", "Batch", "LanguageModel", "Row", "collate", "encode"]

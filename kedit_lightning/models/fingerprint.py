@@ -1,0 +1,117 @@
+"""What identifies a base model: hashes of its configuration, its tokenizer and its unedited weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.models.language_model import LanguageModel
+
+SAMPLE = 2048
+"""Entries of a parameter that `fingerprint_below` looks at."""
+
+PROBE = "The 3 rivers of  Åsa's ﬁrst VALLEY\n\tran 1947km, didn't they? 川は流れる… 🙂 (x_1 != y2)"
+"""A text with something in it for every rule of a tokenizer; its ids show normalisation and special tokens."""
+
+
+def fingerprint(base: LanguageModel, names: Sequence[str]) -> str:
+    """Hash of the configuration, the tokenizer and the full unedited values of some weight matrices.
+
+    It stays the same when the model is saved and loaded again, when it is loaded with more precision than its file
+    has, and while it is being edited.
+
+    Args:
+        base: The base model.
+        names: Names of weight matrices among its parameters; their order does not matter.
+
+    Returns:
+        The SHA-256 as hexadecimal digits.
+    """
+    digest = _describe(base)
+    for name in sorted(set(names)):
+        _add(digest, name, pristine(base, name))
+    return digest.hexdigest()
+
+
+def fingerprint_below(base: LanguageModel, layer: int) -> str:
+    """Hash of all that a layer's keys depend on: configuration, tokenisation and the parameters up to that layer.
+
+    It looks at 2,048 evenly spread entries of each parameter, so that a large model takes a moment and not minutes;
+    any training, merging or dense editing of a matrix shows there.
+
+    Args:
+        base: The base model.
+        layer: The last layer that counts.
+
+    Returns:
+        The SHA-256 as hexadecimal digits.
+    """
+    digest = _describe(base)
+    digest.update(json.dumps(base.tokenizer(PROBE)["input_ids"]).encode())
+    above = tuple(f"{base.architecture.layers}.{i}." for i in range(layer + 1, base.num_layers))
+    for name, parameter in sorted(base.model.named_parameters()):
+        if name.startswith(above):
+            continue
+        value = pristine(base, name) if name.endswith(".weight") else parameter
+        shape = (*value.shape, value.dtype)
+        every = max(value.numel() // SAMPLE, 1)
+        # Strided by rows and columns: flattening a transposed view would copy the whole matrix.
+        step = [max(min(size, round(every ** (1 / value.ndim))), 1) for size in value.shape]
+        _add(digest, f"{name} {shape}", value[tuple(slice(None, None, s) for s in step)])
+    return digest.hexdigest()
+
+
+def pristine(base: LanguageModel, name: str) -> Tensor:
+    """The unedited value of a weight, in math orientation where it is a linear map's; shape ``(out, in)``."""
+    edited = base._pristine.get(name)
+    return base.weight(name) if edited is None else edited
+
+
+def _describe(base: LanguageModel) -> hashlib._Hash:
+    """A digest that has taken in the configuration and the vocabulary.
+
+    The vocabulary stands for the tokenizer: the rest of ``tokenizer.json`` changes with the version that wrote it, and
+    for some families (qwen2) transformers replaces it when it loads a tokenizer.
+    """
+    config = _steady(base.model.config.get_text_config().to_diff_dict(), _VOLATILE)
+    text = json.dumps([config, base.tokenizer.get_vocab()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode())
+
+
+_VOLATILE = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "problem_type",
+    }
+)
+"""Fields of a configuration that say how a model was loaded or is called, not what it computes."""
+
+
+def _steady(config: Any, volatile: Iterable[str]) -> Any:  # noqa: ANN401 - JSON
+    if not isinstance(config, dict):
+        return config
+    return {key: _steady(value, volatile) for key, value in config.items() if key not in volatile}
+
+
+def _add(digest: hashlib._Hash, label: str, value: Tensor) -> None:
+    digest.update(label.encode())
+    digest.update(value.detach().to("cpu", torch.float32).reshape(-1).numpy().data)

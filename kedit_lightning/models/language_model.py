@@ -1,0 +1,388 @@
+"""The frozen base model: where facts are read, vectors added and weights edited."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from kedit_lightning.edits import Site
+from kedit_lightning.errors import ModelError
+from kedit_lightning.models.architectures import Architecture
+from kedit_lightning.models.encoding import Batch, Row, encode
+from kedit_lightning.models.loading import find_architecture, load
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.float64, *_HALVES)  # 8-bit floats are quantised weights
+
+
+class _Reached(Exception):
+    """Raised by a hook to end a forward pass whose later layers nobody reads."""
+
+
+class LanguageModel:
+    """A frozen Hugging Face causal language model and its tokenizer.
+
+    A plain object on purpose, never a registered submodule: Lightning moves, broadcasts and checkpoints what is
+    registered. Only `apply`, `restore` and `rollback` write to its weights.
+
+    Args:
+        name: A Hugging Face name or a path; ``almanac`` is the small model inside this package.
+        dtype: Type of the weights. Edited matrices of a half-precision model keep a float32 master.
+        architecture: Where the sub-blocks live, for a family outside the table in ``models/architectures.py``.
+        attn_implementation: Attention kernel, as in transformers; default: the model's own.
+        device_map: Placement of the layers, as in transformers. Without it the Trainer's device is used.
+        revision: Branch, tag or commit of the model on the Hub.
+
+    Raises:
+        ModelError: The model cannot be found or read, is of an unknown family, quantised or a mixture of experts.
+    """
+
+    def __init__(
+        self,
+        name: str = "almanac",
+        dtype: Dtype = "float32",
+        architecture: Architecture | None = None,
+        attn_implementation: str | None = None,
+        device_map: str | dict[str, int | str] | None = None,
+        revision: str | None = None,
+    ) -> None:
+        if name == "almanac":
+            from kedit_lightning import almanac
+
+            name = str(almanac.path())
+        model, tokenizer = load(
+            name, dtype, architecture, revision, attn_implementation=attn_implementation, device_map=device_map
+        )
+        self._wrap(model, tokenizer, architecture)
+        self._placed = device_map is not None
+
+    @classmethod
+    def wrap(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture | None = None
+    ) -> LanguageModel:
+        """A base model around the caller's own model and tokenizer, edited in place."""
+        self = cls.__new__(cls)
+        self._wrap(model, tokenizer, architecture)
+        self._placed = True
+        return self
+
+    def _wrap(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture | None
+    ) -> None:
+        config = model.config.get_text_config()
+        self.architecture = find_architecture(model.config, architecture)
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        # Families without position embeddings (BLOOM) name no limit and take no position ids.
+        self.max_length = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._pristine: dict[str, Tensor] = {}
+        self._masters: dict[str, Tensor] = {}
+        try:
+            self.layers: Any = model.get_submodule(self.architecture.layers)
+            model.get_submodule(self.architecture.embed)
+            for part in ("attn", "mlp"):
+                self.module(Site(0, part))
+                self.linear(Site(0, part))
+        except (AttributeError, TypeError) as error:
+            msg = (
+                f"`base.architecture` does not fit this {config.model_type!r} model: {error}; "
+                "expected the paths of a list of blocks, of the parts of a block, and of the embedding"
+            )
+            raise ModelError(msg) from error
+
+    # ------------------------------------------------------------------ where things are
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.layers)
+
+    @property
+    def name_or_path(self) -> str:
+        """What the model was loaded by."""
+        return str(self.model.config._name_or_path)
+
+    @property
+    def width(self) -> int:
+        """Width d of the residual stream."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first block."""
+        device: torch.device = next(self.layers[0].parameters()).device
+        return device
+
+    def to(self, device: torch.device) -> LanguageModel:
+        """Place the model, unless a ``device_map`` (or the caller) has placed it already."""
+        if not self._placed:
+            self.model.to(device)
+        return self
+
+    def check_layer(self, layer: int) -> int:
+        """The layer, if the model has it.
+
+        Raises:
+            ModelError: The layer is out of range.
+        """
+        if not 0 <= layer < self.num_layers:
+            msg = f"expected a layer between 0 and {self.num_layers - 1}, got {layer}"
+            raise ModelError(msg)
+        return layer
+
+    def module(self, site: Site) -> nn.Module:
+        """The block, attention or MLP whose output a site names."""
+        block: nn.Module = self.layers[self.check_layer(site.layer)]
+        paths = {"block": "", "attn": self.architecture.attn, "mlp": self.architecture.mlp}
+        return block.get_submodule(paths[site.part])
+
+    def linear(self, site: Site) -> nn.Module:
+        """The linear map whose output is the site's: the down-projection or the attention's output projection.
+
+        Raises:
+            ModelError: There is none, or it is no plain linear map (quantised, or experts).
+        """
+        paths = {"attn": self.architecture.attn_out, "mlp": self.architecture.mlp_out}
+        if site.part not in paths:
+            msg = f"expected a site with a weight (attn or mlp), got {site.part}"
+            raise ModelError(msg)
+        block: nn.Module = self.layers[self.check_layer(site.layer)]
+        linear = block.get_submodule(paths[site.part])
+        if not isinstance(linear, (nn.Linear, Conv1D)) or linear.weight.dtype not in _FLOATS:
+            msg = (
+                f"expected a plain linear map at {paths[site.part]} of layer {site.layer}, got "
+                f"{type(linear).__name__}: quantised and mixture-of-experts weights cannot be edited"
+            )
+            raise ModelError(msg)
+        return linear
+
+    def name(self, site: Site) -> str:
+        """Name of the site's weight matrix among the model's parameters."""
+        part = self.architecture.mlp_out if site.part == "mlp" else self.architecture.attn_out
+        return f"{self.architecture.layers}.{site.layer}.{part}.weight"
+
+    def weight(self, site: Site | str) -> Tensor:
+        """View of a weight matrix in math orientation, shape ``(out, in)``.
+
+        GPT-2's ``Conv1D`` keeps its matrix as (in, out); it is told by its type, never by its shape.
+        """
+        module: Any
+        if isinstance(site, str):
+            try:
+                module = self.model.get_submodule(site.removesuffix(".weight"))
+            except AttributeError as error:
+                msg = f"expected the name of a weight matrix of this model, got {site!r}: {error}"
+                raise ModelError(msg) from error
+        else:
+            module = self.linear(site)
+        weight: Tensor = module.weight
+        return weight.T if isinstance(module, Conv1D) else weight
+
+    # ------------------------------------------------------------------ reading and adding
+
+    def encode(
+        self,
+        prompt: str,
+        target: str | None = None,
+        subject: tuple[int, int] | None = None,
+        *,
+        separate: bool = False,
+    ) -> Row:
+        """Tokenise a prompt with its continuation; see `models.encoding.encode`."""
+        return encode(self.tokenizer, prompt, target, subject, max_length=self.max_length, separate=separate)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Next-token logits, shape ``(b, t, vocabulary)``."""
+        batch = batch.to(self.device)
+        positions = {"position_ids": batch.position_ids} if self._takes_positions else {}
+        out = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **positions)
+        logits: Tensor = out.logits
+        return logits
+
+    def run(self, batch: Batch, layer: int) -> None:
+        """Run the model on a batch up to a layer, for what `tap` keeps."""
+        with self._until(layer):
+            self.logits(batch)
+
+    @torch.no_grad()
+    def read(self, batch: Batch, sites: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        """Outputs of sites at given positions; layers above the last site are not run.
+
+        Args:
+            batch: b rows.
+            sites: For each site the position in every row, shape ``(b,)``.
+
+        Returns:
+            For each site the vectors in float32, shape ``(b, d)``.
+        """
+        with self.tap(sites) as found:
+            self.run(batch, max(site.layer for site in sites))
+        return {site: vectors.float() for site, vectors in found.items()}
+
+    @torch.no_grad()
+    def keys(self, batch: Batch, sites: Mapping[Site, Tensor | None]) -> dict[Site, Tensor]:
+        """Keys, that is inputs of the sites' linear maps; layers above the last site are not run.
+
+        Args:
+            batch: b rows.
+            sites: For each site the position in every row, shape ``(b,)``, or None for every real token.
+
+        Returns:
+            For each site the keys in float32, shape ``(b, k)``, or ``(tokens, k)`` for every real token.
+        """
+        found: dict[Site, Tensor] = {}
+
+        def keep(site: Site, at: Tensor | None, key: Tensor) -> None:
+            key = _by_row(key, len(batch))
+            where = batch.attention_mask.to(key.device) > 0 if at is None else (_rows(key), at.to(key.device))
+            found[site] = key[where].float()
+
+        with ExitStack() as stack:
+            for site, at in sites.items():
+                hook = self.linear(site).register_forward_pre_hook(
+                    lambda _, args, site=site, at=at: keep(site, at, args[0])
+                )
+                stack.callback(hook.remove)
+            self.run(batch, max(site.layer for site in sites))
+        return found
+
+    @contextmanager
+    def tap(self, sites: Mapping[Site, Tensor]) -> Iterator[dict[Site, Tensor]]:
+        """Keep what sites put out at given positions during the forward passes inside the context.
+
+        Args:
+            sites: For each site the position in every row, shape ``(b,)``.
+
+        Yields:
+            A dictionary that each forward pass fills: for each site the vectors, shape ``(b, d)``.
+        """
+        found: dict[Site, Tensor] = {}
+
+        def keep(site: Site, hidden: Tensor) -> None:
+            at = sites[site]
+            hidden = _by_row(hidden, len(at))
+            found[site] = hidden[_rows(hidden), at.to(hidden.device)]
+
+        with ExitStack() as stack:
+            for site in sites:
+                hook = self.module(site).register_forward_hook(
+                    lambda _, __, output, site=site: keep(site, _hidden(output))
+                )
+                stack.callback(hook.remove)
+            yield found
+
+    @contextmanager
+    def add(self, site: Site, at: Tensor, vectors: Tensor) -> Iterator[None]:
+        """Add vectors to a site's output during the forward passes inside the context.
+
+        Args:
+            site: Where.
+            at: Position in every row, shape ``(b,)``.
+            vectors: What is added, one vector a row, shape ``(b, d)``.
+        """
+
+        def put(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+            flat = _hidden(output)
+            hidden = _by_row(flat, len(at))
+            where = (_rows(hidden), at.to(hidden.device))
+            hidden = hidden.index_put(where, vectors.to(hidden), accumulate=True).view_as(flat)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        hook = self.module(site).register_forward_hook(put)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def project(self, site: Site, key: Tensor) -> Tensor:
+        """What a site's linear map makes of a key, bias included; float64, shape ``(d,)`` from ``(k,)``."""
+        value = self.master(self.name(site)).double() @ key.double()
+        bias = self.linear(site).bias
+        return value if bias is None else value + bias.double()  # type: ignore[operator]
+
+    @contextmanager
+    def _until(self, layer: int) -> Iterator[None]:
+        """End the forward pass inside the context after a layer."""
+
+        def stop(*_: object) -> None:
+            raise _Reached
+
+        hook = self.layers[layer].register_forward_hook(stop)
+        try:
+            yield
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+
+    # ------------------------------------------------------------------ writing
+
+    @torch.no_grad()
+    def write(self, name: str, update: Tensor) -> None:
+        """Add an update to a weight matrix.
+
+        Args:
+            name: The weight's name among the model's parameters.
+            update: float32, math orientation, shape ``(out, in)``.
+        """
+        weight = self.weight(name)
+        if weight.shape != update.shape:
+            msg = f"expected an update of shape {tuple(weight.shape)} for {name}, got {tuple(update.shape)}"
+            raise ModelError(msg)
+        if name not in self._pristine:
+            self._pristine[name] = weight.detach().clone()
+        if weight.dtype not in _HALVES:
+            weight.add_(update.to(weight.device))
+            return
+        if name not in self._masters:
+            self._masters[name] = self._pristine[name].float()
+        master = self._masters[name]
+        weight.copy_(master.add_(update.to(master.device)))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every edited matrix its pristine bits back."""
+        self._masters.clear()
+        for name, pristine in self._pristine.items():
+            self.weight(name).copy_(pristine)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Keep the writes inside the context only if it ends without an exception (an interrupt counts as one)."""
+        before = {name: self.weight(name).detach().clone() for name in self._pristine}
+        masters = {name: master.clone() for name, master in self._masters.items()}
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for name, pristine in self._pristine.items():
+                    self.weight(name).copy_(before.get(name, pristine))
+            self._masters = masters
+            raise
+
+    def master(self, name: str) -> Tensor:
+        """A weight matrix in float32, with all updates so far at full precision; shape ``(out, in)``."""
+        return self._masters.get(name, self.weight(name)).float()
+
+
+def _hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The hidden states of a sub-block's output; families return a tensor or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _by_row(hidden: Tensor, b: int) -> Tensor:
+    """Hidden states as ``(b, t, d)``; OPT runs its MLP on ``(b · t, d)``."""
+    return hidden.reshape(b, -1, hidden.shape[-1]) if hidden.ndim == 2 else hidden
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    return torch.arange(hidden.shape[0], device=hidden.device)

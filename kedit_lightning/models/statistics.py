@@ -1,0 +1,249 @@
+"""Statistics of keys over documents: what to take them from, and the files that keep them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import distributed
+
+from kedit_lightning import __version__
+from kedit_lightning.edits import Part, Site
+from kedit_lightning.errors import KeditError, StatisticsError
+from kedit_lightning.models import moment_files
+from kedit_lightning.models.corpora import Corpus, tokenise
+from kedit_lightning.models.fingerprint import fingerprint_below
+from kedit_lightning.models.key_pass import KeyPass, ranks
+from kedit_lightning.models.language_model import LanguageModel
+from kedit_lightning.models.second_moment import Identity, KeyStatistics, SecondMoment
+
+__all__ = ["KeyStatistics", "SecondMoment", "Statistics", "compute"]
+
+log = logging.getLogger(__name__)
+TOKENS_PER_DIMENSION = 10
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Where the second moments of keys come from. What has been computed is kept on disk and found again.
+
+    Args:
+        source: ``almanac``; a text file with one document a line; a ``.jsonl`` file; a Hugging Face dataset as
+            ``NAME[:CONFIG][@REVISION]``, for instance ``wikimedia/wikipedia:20231101.en``; a statistics file
+            (``.npz`` as published by ROME and MEMIT, or ``.safetensors``) or a folder of them; or ``identity``.
+        tokens: Stop after this many tokens; ``full`` takes all ``n_samples`` documents, null 10 × the key width.
+        n_samples: Documents at most, the first of the shuffled source.
+        mom2_dtype: Type in which is summed.
+        max_length: A document is cut after this many tokens, and at the model's own limit.
+        skip_first_token: Leave out each document's first token (BOS), whose key is huge in some models.
+        ridge: Added to the diagonal of C before it is inverted, in units of the diagonal's mean.
+        seed: Seed of the shuffle.
+        batch_tokens: Tokens of a batch at most, padding counted; lower it when memory runs out.
+        split: Split of a Hugging Face dataset.
+        column: Field of the text in a Hugging Face dataset or ``.jsonl`` file.
+        streaming: Read a Hugging Face dataset as a shuffled stream; null: unless ``tokens`` is ``full``.
+        cache_dir: Folder of computed statistics; null: ``$KEDIT_CACHE/statistics``, by default
+            ``~/.cache/kedit_lightning/statistics``.
+
+    Raises:
+        StatisticsError: A number is out of range.
+    """
+
+    source: str = "almanac"
+    tokens: int | Literal["full"] | None = None
+    n_samples: int = 100_000
+    mom2_dtype: Literal["float32", "float64"] = "float32"
+    max_length: int = 1024
+    skip_first_token: bool = False
+    ridge: float = 0.0
+    seed: int = 1
+    batch_tokens: int = 4096
+    split: str = "train"
+    column: str = "text"
+    streaming: bool | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("ridge", "seed") else 1
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:
+                msg = f"statistics.{field.name}: expected at least {least}, got {value}"
+                raise StatisticsError(msg)
+
+    def second_moments(
+        self, base: LanguageModel, sites: Sequence[Site], *, accelerator: str | None = None, devices: int = 1
+    ) -> dict[Site, KeyStatistics]:
+        """Second moments of the keys of sites, on the unedited model; read from disk where they are there.
+
+        Args:
+            base: The base model. Its edits, if it has any, are lifted for the time of the pass.
+            sites: Sites with a weight (attn or mlp).
+            accelerator: Lightning's name of where the model is to run; by default it stays where it is.
+            devices: Processes to start for the pass. Inside several processes that already talk to each other it
+                stays 1, and all of them call this method.
+
+        Returns:
+            For each site its statistics.
+
+        Raises:
+            StatisticsError: The source is missing, unreachable or corrupt, or does not fit the model.
+        """
+        names = {site: base.name(site).removesuffix(".weight") for site in sites}
+        widths = {site: base.weight(site).shape[1] for site in sites}
+        if self.source == "identity":
+            return {site: Identity(widths[site], names[site]) for site in names}
+        if path := moment_files.given(self.source):
+            found = {s: moment_files.load(path, names[s], widths[s], fingerprint_below(base, s.layer)) for s in names}
+        else:
+            found = self._computed(base, names, widths, accelerator, devices)
+        return {s: KeyStatistics(mean, count, self.ridge, names[s]) for s, (mean, count) in found.items()}
+
+    def files(self, base: LanguageModel, sites: Sequence[Site]) -> dict[Site, Path]:
+        """Where the computed statistics of sites are kept, or would be."""
+        names = {site: base.name(site).removesuffix(".weight") for site in sites}
+        return {site: self._path(about) for site, about in self._about(base, names).items()}
+
+    def _computed(
+        self,
+        base: LanguageModel,
+        names: dict[Site, str],
+        widths: dict[Site, int],
+        accelerator: str | None,
+        devices: int,
+    ) -> dict[Site, moment_files.Moment]:
+        about = self._about(base, names)
+        found = {}
+        for site in names:
+            path = self._path(about[site])
+            try:
+                if path.is_file():
+                    found[site] = moment_files.load(path, names[site], widths[site], about[site]["model"])
+            except StatisticsError as error:
+                log.warning("%s. It is computed again.", error)
+        missing = _missing_anywhere([site for site in names if site not in found])
+        if missing:
+            one = about[missing[0]]
+            skip = int(self.skip_first_token)
+            tokens = None if self.tokens == "full" else int(one["tokens"])
+            documents = tokenise(
+                self._corpus, base.tokenizer, max_length=int(one["max_length"]), tokens=tokens, skip=skip
+            )
+            if not documents:
+                msg = f"{self.source}: expected documents with more than {skip} tokens, got none"
+                raise StatisticsError(msg)
+            log.info("Second moments of %d layers over %d documents of %s.", len(missing), len(documents), self.source)
+            dtype = getattr(torch, self.mom2_dtype)
+            one_pass = KeyPass(base, missing, documents, self.batch_tokens, dtype, skip, place=accelerator is not None)
+            for site, (moment, count) in one_pass.run(accelerator or "cpu", devices).items():
+                found[site] = self._keep(about[site], moment, count, len(documents), tokens)
+            if ranks()[1] > 1:
+                distributed.barrier()  # the files are there for every process
+        return {site: found[site] for site in names}
+
+    def _keep(
+        self, about: dict[str, str], moment: torch.Tensor, count: int, documents: int, tokens: int | None
+    ) -> moment_files.Moment:
+        """Check a new sum, save it once for all processes, and give C."""
+        module = about["module"]
+        if not moment.isfinite().all():
+            msg = f"the keys of {module} are not finite in {about['weights']}: load the model in float32 or bfloat16"
+            raise StatisticsError(msg)
+        if tokens is not None and count < tokens:
+            log.warning("%s holds %d tokens, fewer than the %d asked for.", self.source, count, tokens)
+        path = self._path(about)
+        if ranks()[0] == 0:
+            extra = {
+                "source": self.source,
+                "documents_read": str(documents),
+                "count": str(count),
+                "kedit_lightning": __version__,
+            }
+            try:
+                moment_files.save(path, moment, count, about | extra)
+            except (KeditError, SafetensorError) as error:
+                log.warning("Cannot keep the second moment of %s: %s. Going on without.", module, error)
+        return moment / count, count
+
+    @property
+    def _corpus(self) -> Corpus:
+        streaming = self.tokens != "full" if self.streaming is None else self.streaming
+        return Corpus(self.source, self.split, self.column, self.n_samples, self.seed, streaming)
+
+    def _about(self, base: LanguageModel, names: dict[Site, str]) -> dict[Site, dict[str, str]]:
+        """For each site everything that changes the answer, in words for the file's header."""
+        widest = max(base.weight(Site(0, part)).shape[1] for part in ("attn", "mlp"))
+        shared = {
+            "documents": self._corpus.identity(),
+            "tokens": str(self.tokens or TOKENS_PER_DIMENSION * widest),
+            "n_samples": str(self.n_samples),
+            "seed": str(self.seed),
+            "max_length": str(min(self.max_length, base.max_length)),
+            "skip_first_token": str(self.skip_first_token),
+            "mom2_dtype": self.mom2_dtype,
+            "weights": str(base.weight(Site(0, "mlp")).dtype).removeprefix("torch."),
+        }
+        models = {layer: fingerprint_below(base, layer) for layer in {site.layer for site in names}}
+        return {site: {"module": name, "model": models[site.layer], **shared} for site, name in names.items()}
+
+    def _path(self, about: dict[str, str]) -> Path:
+        """The file of a site's statistics; its name ends in a hash of everything that changes the answer."""
+        home = Path(os.environ.get("KEDIT_CACHE", "~/.cache/kedit_lightning")) / "statistics"
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        return Path(self.cache_dir or home).expanduser() / f"{about['module']}_{self.mom2_dtype}_mom2_{key}.safetensors"
+
+
+def compute(
+    base: LanguageModel,
+    statistics: Statistics,
+    layers: Sequence[int],
+    parts: Sequence[Part] = ("mlp",),
+    *,
+    accelerator: str = "auto",
+    devices: int = 1,
+) -> list[Path]:
+    """Compute second moments and keep them on disk, for editing runs to find.
+
+    Args:
+        base: The base model.
+        statistics: What to compute.
+        layers: Layers whose keys are wanted.
+        parts: Which of their parts, mlp or attn.
+        accelerator: Where to run, as in Lightning's Trainer.
+        devices: Processes to start.
+
+    Returns:
+        The files, one a layer and part.
+
+    Raises:
+        StatisticsError: There is nothing to compute from this source, or the files cannot be written.
+    """
+    sites = [Site(layer, part) for layer in layers for part in parts]
+    source = statistics.source
+    if source == "identity" or moment_files.given(source):
+        msg = f"nothing to compute: `statistics.source` is {source}; expected almanac, a text file or a dataset"
+        raise StatisticsError(msg)
+    statistics.second_moments(base, sites, accelerator=accelerator, devices=devices)
+    paths = list(statistics.files(base, sites).values())
+    if lost := [str(path) for path in paths if not path.is_file()]:
+        msg = f"the statistics could not be written: {', '.join(lost)}; make room, or set `statistics.cache_dir`"
+        raise StatisticsError(msg)
+    return paths
+
+
+def _missing_anywhere(missing: list[Site]) -> list[Site]:
+    """The sites that any process has not found, in one order, so that all processes do the same pass."""
+    if ranks()[1] == 1:
+        return missing
+    everyone: list[list[Site]] = [[] for _ in range(ranks()[1])]
+    distributed.all_gather_object(everyone, missing)
+    return list(dict.fromkeys(site for sites in everyone for site in sites))

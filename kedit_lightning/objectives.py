@@ -1,0 +1,85 @@
+"""Terms of the value losses: pure functions of tensors, in float32.
+
+The loss of seven editors is ``nll + kl_factor · essence_kl + v_weight_decay · ‖δ‖ / ‖v₀‖²``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pairwise_distance
+
+
+def nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of the targets, mean over each row's target tokens.
+
+    ROME Eq. 4 and TOP Eq. 5, first term.
+
+    Args:
+        logits: Next-token logits, shape ``(b, t, vocabulary)``.
+        labels: At each position the token it predicts, -100 where nothing is scored; shape ``(b, t)``.
+
+    Returns:
+        Nats, shape ``(b,)``.
+    """
+    row, position = torch.nonzero(labels >= 0, as_tuple=True)
+    log_p = logits[row, position].float().log_softmax(dim=-1)
+    scored = -log_p.gather(1, labels[row, position, None])[:, 0]
+    count = torch.bincount(row, minlength=len(labels))
+    return scored.new_zeros(len(labels)).index_add(0, row, scored) / count
+
+
+def essence_kl(log_p: Tensor, reference: Tensor) -> Tensor:
+    """Divergence of the edited from the unedited next-token distribution at "{subject} is a".
+
+    ROME Eq. 4, second term: ``D_KL(P_δ ‖ P_0)``.
+
+    Args:
+        log_p: Log-probabilities with δ, shape ``(n, vocabulary)``.
+        reference: Log-probabilities without, shape ``(n, vocabulary)``.
+
+    Returns:
+        Nats, shape ``(n,)``.
+    """
+    divergence: Tensor = (log_p.exp() * (log_p - reference)).sum(dim=-1)
+    return divergence
+
+
+def weight_decay(delta: Tensor, origin: Tensor) -> Tensor:
+    """Norm of δ over the squared norm of the value it is added to, as every released code has it.
+
+    Args:
+        delta: δ, shape ``(n, d)``. The gradient at δ = 0 is 0.
+        origin: v₀, shape ``(n, d)``.
+
+    Returns:
+        ``‖δ‖ / ‖v₀‖²``, shape ``(n,)``.
+    """
+    return delta.norm(dim=-1) / origin.norm(dim=-1).square()
+
+
+def distance(vectors: Tensor, targets: Tensor) -> Tensor:
+    """Distance between a hidden state and the one wanted there, TOP Eq. 14 (1e-6 is added to each difference).
+
+    Args:
+        vectors: Shape ``(n, d)``.
+        targets: Shape ``(n, d)``.
+
+    Returns:
+        ``‖vectors − targets + 1e-6‖₂``, shape ``(n,)``.
+    """
+    return pairwise_distance(vectors, targets)
+
+
+def mean_over_rows(values: Tensor, edit: Tensor, n: int) -> Tensor:
+    """Mean of row values over each edit's rows.
+
+    Args:
+        values: One value a row, shape ``(b,)``.
+        edit: The edit of each row, shape ``(b,)``.
+        n: Number of edits.
+
+    Returns:
+        Shape ``(n,)``.
+    """
+    return values.new_zeros(n).index_add(0, edit, values) / torch.bincount(edit, minlength=n)
