@@ -1,0 +1,43 @@
+"""Hooks of the edit stream, beside Lightning's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import Callback
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from kedit_lightning.editors import Editor
+
+Record = dict[str, Any]
+
+
+class EditCallback(Callback):
+    """A Lightning callback that also hears of the edit stream. All hooks do nothing by default."""
+
+    def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
+        """Before anything is measured or edited."""
+
+    def on_evaluation_start(self, trainer: Trainer, title: str, total: int) -> None:
+        """Before ``total`` prompts are scored."""
+
+    def on_evaluation_progress(self, trainer: Trainer, done: int) -> None:
+        """``done`` of them are scored so far."""
+
+    def on_evaluation_end(self, trainer: Trainer) -> None:
+        """All of them are scored."""
+
+    def on_edits_committed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
+        """An edit batch is in the weights and on the disk; ``records``: its lines of edits.jsonl, without "after"."""
+
+    def on_edits_evaluated(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
+        """The edits since the last restoration are scored; ``records`` are their whole lines of edits.jsonl."""
+
+    def on_stream_end(self, trainer: Trainer, editor: Editor, report: Record) -> None:
+        """Everything is written; ``report`` is metrics.json."""
+
+    def on_predictions(self, trainer: Trainer, records: Sequence[Record]) -> None:
+        """Texts before and after the edits: ``prompt``, ``before``, ``after``."""

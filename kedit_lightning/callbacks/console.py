@@ -1,0 +1,252 @@
+"""What the terminal shows of an edit stream."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import cast
+
+import rich.console
+from lightning import LightningModule, Trainer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
+
+from kedit_lightning import report as report_tables
+from kedit_lightning.callbacks.base import EditCallback, Record
+from kedit_lightning.editors import Editor
+from kedit_lightning.metrics.generation import says
+
+FEW = 30
+"""Up to this many edits have a line each."""
+
+_PREPARING = "preparing: contexts, key statistics"
+_TITLES = {"before": "measuring before", "after": "measuring after", "validate": "measuring", "test": "measuring"}
+
+
+class Console(EditCallback):
+    """One live set of progress bars, a line an edit where there are few, warnings, and the table at the end.
+
+    Only the first process writes. Where the output is no terminal there are no bars and no control characters, but the
+    lines and the table; with ``enable_progress_bar: false`` only the warnings and the table.
+
+    Args:
+        console: Where to write; standard output by default.
+    """
+
+    def __init__(self, console: rich.console.Console | None = None) -> None:
+        self.out = console or rich.console.Console(highlight=False)
+        self._progress: Progress | None = None
+        self._start(0)
+        atexit.register(self.close)
+
+    def _start(self, n_edits: int) -> None:
+        self._n, self._done, self._evaluated, self._seconds = n_edits, 0, 0, 0.0
+        self._unknown: list[Record] = []
+        self._already: list[Record] = []
+
+    # ------------------------------------------------------------------ bars
+
+    def _bar(self, trainer: Trainer, name: str, done: int, total: int | None, note: str | None = None) -> None:
+        """Show a bar, which is made when it is first named."""
+        if not _talks(trainer) or not self.out.is_terminal or self.out.is_dumb_terminal:
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                SpinnerColumn(finished_text=Text("✓", "green")),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                TextColumn("{task.fields[note]}", style="dim", table_column=Column(no_wrap=True)),
+                console=self.out,
+                transient=True,
+                refresh_per_second=4,
+                speed_estimate_period=600,
+            )
+            self._tasks = {}
+            self._progress.start()
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note="")
+            if (preparing := self._tasks.get(_PREPARING)) is not None and name != _PREPARING:
+                self._progress.update(preparing, visible=False)
+        fields = {} if note is None else {"note": note}
+        self._progress.update(self._tasks[name], completed=done, total=total, **fields)
+
+    def close(self) -> None:
+        """Take the bars away and give the cursor back; also done when the interpreter ends, for whatever reason."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a clean terminal behind."""
+        self.close()
+
+    def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
+        """Say that something is going on."""
+        self._start(n_edits)
+        self._bar(trainer, _PREPARING, 0, None)
+
+    def on_evaluation_start(self, trainer: Trainer, title: str, total: int) -> None:
+        """One bar before; one after over the whole stream, however often the weights are restored.
+
+        An edit that is measured alone has no bar: it would flicker beside that of the edits.
+        """
+        title = _TITLES.get(title, title)
+        after = title == _TITLES["after"]
+        self._bar_of: tuple[str, int, int] | None = (title, self._evaluated, self._n) if after else (title, 0, total)
+        if after and total == 1:
+            self._bar_of = None
+        self.on_evaluation_progress(trainer, 0)
+
+    def on_evaluation_progress(self, trainer: Trainer, done: int) -> None:
+        """Advance."""
+        if self._bar_of is not None:
+            title, start, total = self._bar_of
+            self._bar(trainer, title, start + done, total)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Show the loss of the edits under way."""
+        self._bar(trainer, "editing", self._done, self._n, self._note(cast("Editor", pl_module)))
+
+    def _note(self, editor: Editor) -> str:
+        curves = next((outcome.curves for outcome in reversed(editor.outcomes) if outcome.curves), None)
+        loss = [] if curves is None else [f"loss {sum(float(values.mean()) for values in curves[-1].values()):.2f}"]
+        return " · ".join([*([f"{self._seconds / self._done:.2g} s/edit"] if self._done else []), *loss])
+
+    # ------------------------------------------------------------------ edits
+
+    def on_edits_committed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
+        """Count; compare what the base model answered with what the data say."""
+        tenth = 10 * self._done // max(self._n, 1)
+        self._done += len(records)
+        self._seconds += sum(record["seconds"] for record in records)
+        for record in records:
+            answer, true = record["answer_before"], record["target_true"]
+            if says(answer, record["target_new"]):
+                self._already.append(record)
+            elif true and not says(answer, true) and not (answer and true.startswith(answer)):  # or cut off
+                self._unknown.append(record)
+        self._bar(trainer, "editing", self._done, self._n, self._note(editor))
+        if _talks(trainer) and not self.out.is_terminal and self._n > FEW and tenth < 10 * self._done // self._n:
+            self._line(Text(f"{self._done} of {self._n} edits, {self._seconds / self._done:.2g} s an edit"))
+
+    def on_edits_evaluated(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
+        """A line an edit, where there are few."""
+        self._evaluated += len(records)
+        if _talks(trainer) and self._n <= FEW:
+            for record in records:
+                self._line(_what_happened(record))
+
+    def on_predictions(self, trainer: Trainer, records: Sequence[Record]) -> None:
+        """The texts before and after, with what differs in colour."""
+        self.close()
+        if not trainer.is_global_zero:
+            return
+        for record in records:
+            before, after = _printable(record["before"]), _printable(record["after"])
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
+            if before != after:
+                same = before.rfind(" ", 0, same + 1) + 1  # whole words
+            self._line(Text(_printable(record["prompt"]), "bold"))
+            self._line(Text.assemble("  before  ", before[:same], (before[same:], "red")))
+            self._line(Text.assemble("  after   ", after[:same], (after[same:], "green")))
+
+    def on_stream_end(self, trainer: Trainer, editor: Editor, report: Record) -> None:
+        """Warnings, the table, and where everything is."""
+        self.close()
+        if not trainer.is_global_zero:
+            return
+        for line in self._warnings():
+            self._line(Text.assemble(("warning: ", "bold yellow"), line))
+        if "pre" in report or "post" in report:
+            self.out.print(report_tables.table([(report["editor"], report)], self.out.width))
+        self._where(trainer, report)
+
+    def _warnings(self) -> list[str]:
+        found = []
+        if self._unknown:
+            first = self._unknown[0]
+            found.append(
+                f"{len(self._unknown)} of {self._done} facts: the base model does not answer target_true (case "
+                f"{first['case_id']}: {_quoted(first['answer_before'])} instead of {_quoted(first['target_true'])})"
+            )
+        if self._already:
+            first = self._already[0]
+            found.append(
+                f"{len(self._already)} of {self._done} facts: the base model answers target_new before the edit (case "
+                f"{first['case_id']}: {_quoted(first['target_new'])})"
+            )
+        return found
+
+    def _where(self, trainer: Trainer, report: Record) -> None:
+        path = trainer.run.path  # type: ignore[attr-defined] # EditTrainer, which imports this module
+        rows = [("run directory", str(path))]
+        if self._done:
+            protocol, delta = report["protocol"], path / "delta.safetensors"
+            held = (self._done - 1) % (protocol.get("restore_every") or self._done) + 1
+            only = f" (since the last restoration of the weights: {report_tables.count(held)})"
+            run, base = shlex.quote(str(path)), shlex.quote(protocol["base"])
+            rows += [
+                ("edited model", f"{delta}{only if held < self._done else ''}"),
+                ("write it out", f"kedit apply {run} --model {base} --out edited-model"),
+                ("curves", f"tensorboard --logdir {run}"),
+                ("speed", f"{self._done / max(self._seconds, 1e-9):.3g} edits a second, without measuring"),
+            ]
+        for name, value in rows:
+            self._line(Text.assemble((f"{name:<14}", "bold"), value))
+
+    def _line(self, text: Text) -> None:
+        """One line, which the terminal may break but a file keeps whole."""
+        self.out.print(text, soft_wrap=True)
+
+
+def quiet() -> None:
+    """Silence what Lightning and transformers say to people who write training loops."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):  # ✓ and ± on a terminal without them are no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _talks(trainer: Trainer) -> bool:
+    """Whether this process shows progress."""
+    return trainer.is_global_zero and bool(getattr(trainer, "show_progress", True))
+
+
+def _what_happened(record: Record) -> Text:
+    """✓ or ✗, what was asked, the answers before and after, and what was wanted."""
+    before, answer, target = record["answer_before"], record["answer_after"], record["target_new"]
+    said = says(answer, target)
+    worked = said or record["after"].get("efficacy") == 1
+    start, _, end = record["prompt"].partition("{}")
+    likelier = [f" (likelier now than {_quoted(record['target_true'])})"] if worked and not said else []
+    return Text.assemble(
+        ("✓ ", "bold green") if worked else ("✗ ", "bold red"),
+        _printable(start),
+        (_printable(record["subject"]), "bold"),
+        f"{_printable(end)}: ",
+        (_quoted(before), "dim"),
+        " → ",
+        (_quoted(answer), "green" if said else "yellow" if worked else "red"),
+        (f", wanted {_quoted(target)}", "dim"),
+        *likelier,
+    )
+
+
+def _quoted(text: str) -> str:
+    return f"“{_printable(text).strip()}”"
+
+
+def _printable(text: str) -> str:
+    """One line without control characters."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)

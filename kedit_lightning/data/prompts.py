@@ -1,0 +1,139 @@
+"""From edits to rows: context templates, subject positions, labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.edits import Edit
+from kedit_lightning.errors import DataError
+from kedit_lightning.models import Batch, LanguageModel, collate
+from kedit_lightning.models.generation import sample
+
+ESSENCE = "{} is a"
+START_WORDS = ("The", "Therefore", "Because", "I", "You")
+
+
+@dataclass(frozen=True)
+class ContextTemplates:
+    """Texts put before a prompt, so that an edit does not depend on standing at the start of the text.
+
+    A template is ``prefix + ". {}"``; the bare ``{}`` always comes first. Prefixes are sampled from the unedited model.
+
+    Args:
+        scheme: ``rome``: one flat list, started from the start token alone; ``memit``: the bare template and a group of
+            one prefix for each of five start words, ten tokens each.
+        context_template_length_params: For ``rome``: pairs (total length in tokens, start token included; how many).
+        templates: Templates to use instead, in groups; each holds one ``{}`` and the first is ``{}``.
+        exclude: Prefixes that contain this word are dropped (TOP's released code: ``import``).
+        seed: Seed of the sampling.
+    """
+
+    scheme: Literal["rome", "memit"] = "rome"
+    context_template_length_params: list[tuple[int, int]] = field(default_factory=lambda: [(5, 10), (10, 10)])
+    templates: list[list[str]] | None = None
+    exclude: str | None = None
+    seed: int = 0
+
+    def __call__(self, base: LanguageModel) -> list[list[str]]:
+        """The templates in groups, the first group being ``["{}"]`` or starting with ``{}``.
+
+        Raises:
+            DataError: A given template has not exactly one ``{}``, or the first is not the bare one.
+        """
+        if self.templates is not None:
+            flat = [template for group in self.templates for template in group]
+            if not flat or flat[0] != "{}" or any(template.count("{}") != 1 for template in flat):
+                msg = f"context templates: expected exactly one {{}} in each and the bare '{{}}' first, got {flat}"
+                raise DataError(msg)
+            return [list(group) for group in self.templates]
+        if self.scheme == "memit":
+            starts: list[tuple[str | None, int, int]] = [(word, 1, 10) for word in START_WORDS]
+        else:
+            starts = [(None, n, length) for length, n in self.context_template_length_params]
+        prefixes = [
+            prefix.replace("{", " ").replace("}", " ")
+            for i, (word, n, length) in enumerate(starts)
+            for prefix in sample(base, word, n, length, seed=self.seed + i)
+        ]
+        contexts = [f"{prefix}. {{}}" for prefix in prefixes if self.exclude is None or self.exclude not in prefix]
+        return [["{}"], contexts] if self.scheme == "memit" else [["{}", *contexts]]
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """Edits and their rows: for each edit its prompt in every context template, then "{subject} is a".
+
+    Args:
+        edits: The n edits.
+        rows: The b rows.
+        edit: The edit of each row, shape ``(b,)``.
+        essence: Which rows are "{subject} is a", shape ``(b,)``.
+        weight: Weight of each row in its edit's key: mean over groups of the mean in the group; 0 for essence rows.
+    """
+
+    edits: Sequence[Edit]
+    rows: Batch
+    edit: Tensor
+    essence: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    @property
+    def bare(self) -> Tensor:
+        """Index of each edit's bare prompt among the rows, shape ``(n,)``."""
+        first = torch.ones_like(self.edit, dtype=torch.bool)
+        first[1:] = self.edit[1:] != self.edit[:-1]
+        return torch.nonzero(first)[:, 0]
+
+    def to(self, device: torch.device | str) -> EditBatch:
+        """The same batch on another device."""
+        return EditBatch(
+            self.edits,
+            self.rows.to(device),
+            self.edit.to(device),
+            self.essence.to(device),
+            self.weight.to(device),
+        )
+
+
+def edit_batch(
+    base: LanguageModel, edits: Sequence[Edit], templates: Sequence[Sequence[str]], *, separate: bool = False
+) -> EditBatch:
+    """Tokenise edits in their context templates.
+
+    Args:
+        base: The model that will read the rows.
+        edits: n edits.
+        templates: Context templates in groups, the bare one first.
+        separate: Tokenise targets on their own, as the released codes do.
+
+    Raises:
+        DataError: A prompt is longer than the model's context; the case is named.
+    """
+    rows, edit, weight = [], [], []
+    for i, request in enumerate(edits):
+        try:
+            for group in templates:
+                for template in group:
+                    text = template.replace("{}", request.prompt, 1)
+                    start = text.index("{}")
+                    prompt = text[:start] + request.subject + text[start + 2 :]
+                    span = (start, start + len(request.subject))
+                    rows.append(base.encode(prompt, request.target_new, span, separate=separate))
+                    edit.append(i)
+                    weight.append(1 / len(group) / len(templates))
+            rows.append(base.encode(ESSENCE.format(request.subject), None, (0, len(request.subject))))
+            edit.append(i)
+            weight.append(0.0)
+        except DataError as error:
+            msg = f"case {request.case_id}: {error}"
+            raise DataError(msg) from error
+    weights = torch.tensor(weight)
+    return EditBatch(edits, collate(rows), torch.tensor(edit), weights == 0, weights)

@@ -1,0 +1,328 @@
+"""What every editor stands on: the stages of a value optimisation as ordinary Lightning training."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from kedit_lightning import objectives
+from kedit_lightning.data.prompts import ContextTemplates, EditBatch, edit_batch
+from kedit_lightning.delta import WeightDelta
+from kedit_lightning.edits import Edit, Site, Token
+from kedit_lightning.errors import KeditError
+from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.generation import generate
+from kedit_lightning.models.statistics import Statistics
+
+Terms = dict[str, Tensor]
+Preset = Literal["paper", "released"]
+
+
+class ValueDelta(nn.Module):
+    """δ, a vector an edit, added to the output of a site.
+
+    Args:
+        site: Where δ is added.
+        token: At which token of each row.
+        origin: v₀, the site's output on each edit's bare prompt, shape ``(n, d)``, float32.
+        clamp_norm_factor: After each step ‖δ‖ is at most this times ‖v₀‖.
+    """
+
+    origin: Tensor
+
+    def __init__(self, site: Site, token: Token, origin: Tensor, clamp_norm_factor: float) -> None:
+        super().__init__()
+        self.site, self.token, self.clamp_norm_factor = site, token, clamp_norm_factor
+        self.delta = nn.Parameter(torch.zeros_like(origin))
+        self.register_buffer("origin", origin, persistent=False)
+
+    @property
+    def value(self) -> Tensor:
+        """v₀ + δ, shape ``(n, d)``."""
+        return self.origin + self.delta.detach()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Scale every δ that is too long back to ``clamp_norm_factor · ‖v₀‖``."""
+        norm = self.delta.norm(dim=1, keepdim=True)
+        longest = self.clamp_norm_factor * self.origin.norm(dim=1, keepdim=True)
+        self.delta.copy_(torch.where(norm > longest, self.delta * (longest / norm), self.delta))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One optimisation: N loss evaluations and N − 1 updates, as every released code has it.
+
+    Args:
+        name: Prefix of its curves.
+        deltas: What is optimised.
+        loss: Gives the terms whose sum is the loss, each of shape ``(n,)``.
+        steps: Loss evaluations N at most.
+        stop: From the terms, which edits are done; shape ``(n,)``. They take no further update.
+    """
+
+    name: str
+    deltas: tuple[ValueDelta, ...]
+    loss: Callable[[], Terms]
+    steps: int
+    stop: Callable[[Terms], Tensor]
+
+
+@dataclass
+class Outcome:
+    """How a stage ended, an entry an edit.
+
+    Args:
+        stage: The stage.
+        pass_: Which pass of the edit batch.
+        curves: Per loss evaluation the terms, each ``(n,)``; an edit's last entry is that of its δ.
+        steps: Loss evaluations each edit took, ``(n,)``.
+    """
+
+    stage: str
+    pass_: int
+    curves: list[Terms] = field(default_factory=list)
+    steps: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def final(self, i: int) -> dict[str, float]:
+        """Terms and number of loss evaluations of edit i when it stopped."""
+        last = self.curves[int(self.steps[i]) - 1]
+        return {"steps": int(self.steps[i]), **{term: float(values[i]) for term, values in last.items()}}
+
+
+def below(threshold: float) -> Callable[[Terms], Tensor]:
+    """Stopping rule: the loss, all terms and factors counted, is below a threshold."""
+    return lambda terms: torch.stack(list(terms.values())).sum(dim=0) < threshold
+
+
+class Editor(LightningModule, ABC):
+    """A locate-then-edit editor: `locate` · `stages` · `write`.
+
+    One `Trainer.fit` is one pass over one edit batch: the stages run as training of `ValueDelta`s beside a frozen base
+    model, then the trainer's ``on_fit_end`` callback drives `write` and adds each update to the weights before it asks
+    for the next.
+
+    Args:
+        base: The frozen base model.
+        layers: Layers whose weights are edited.
+        v_lr: Adam's learning rate.
+        v_weight_decay: Factor of ``‖δ‖ / ‖v₀‖²``.
+        clamp_norm_factor: ‖δ‖ is at most this times ‖v₀‖.
+        kl_factor: Factor of the essence KL.
+        mom2_adjustment: Whether keys are whitened by their second moment; false takes the identity.
+        statistics: Where the second moment comes from.
+        context_templates: Texts put before the prompts.
+        preset: ``paper``, or ``released`` to follow the authors' code where it differs.
+    """
+
+    def __init__(
+        self,
+        base: LanguageModel,
+        layers: list[int],
+        *,
+        v_lr: float,
+        v_weight_decay: float,
+        clamp_norm_factor: float,
+        kl_factor: float,
+        mom2_adjustment: bool,
+        statistics: Statistics | None,
+        context_templates: ContextTemplates | None,
+        preset: Preset,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.base = base
+        if not layers:
+            msg = "expected at least one layer to edit, got none: give `layers`"
+            raise KeditError(msg)
+        self.layers = sorted(base.check_layer(layer) for layer in layers)
+        self.v_lr, self.v_weight_decay = v_lr, v_weight_decay
+        self.clamp_norm_factor, self.kl_factor = clamp_norm_factor, kl_factor
+        self.mom2_adjustment = mom2_adjustment
+        self.statistics = statistics or Statistics()
+        self.context_templates = context_templates or ContextTemplates()
+        self.preset = preset
+        self.templates: list[list[str]] = []
+        self.outcomes: list[Outcome] = []
+        self.layer = self.layers[0]
+        self.batch: EditBatch
+        self.deltas: nn.ModuleList
+
+    # ------------------------------------------------------------------ what an editor says
+
+    @abstractmethod
+    def locate(self) -> None:
+        """Declare the value deltas of this pass, by `value_delta`."""
+
+    @abstractmethod
+    def stages(self) -> Iterator[Stage]:
+        """Yield the stages in order; the code between two yields runs between the stages."""
+
+    @abstractmethod
+    def write(self) -> Iterator[WeightDelta]:
+        """Yield the weight updates; each is added to the weights before the next is asked for."""
+
+    def passes(self) -> Sequence[int]:
+        """The layer that `locate` starts from, a pass an entry; one pass by default."""
+        return self.layers[-1:]
+
+    def sites(self) -> list[Site]:
+        """Where weights are edited and keys are read."""
+        return [Site(layer, "mlp") for layer in self.layers]
+
+    # ------------------------------------------------------------------ what an editor is given
+
+    def prepare(self) -> None:
+        """Once before the first edit, on the unedited model: context templates and second moments of the keys."""
+        self.templates = self.context_templates(self.base)
+        if self.mom2_adjustment:
+            self.moments = self.statistics.second_moments(self.base, self.sites())
+
+    def begin(self, edits: Sequence[Edit], pass_: int = 0) -> None:
+        """Get ready for one pass over one edit batch."""
+        if pass_ == 0:
+            self.outcomes = []
+            separate = self.preset == "released"
+            self.batch = edit_batch(self.base, edits, self.templates, separate=separate).to(self.base.device)
+        self.pass_, self.layer = pass_, self.passes()[pass_]
+        self.deltas = nn.ModuleList()
+        self.locate()
+
+    def value_delta(self, site: Site, token: Token) -> ValueDelta:
+        """A δ at a site and token, with v₀ read from the current model on the bare prompts."""
+        self.base.check_layer(site.layer)
+        rows = self.batch.rows.select(self.batch.bare)
+        origin = self.base.read(rows, {site: rows.at[token]})[site]
+        delta = ValueDelta(site, token, origin, self.clamp_norm_factor)
+        self.deltas.append(delta)
+        return delta
+
+    def edit_loss(self, *deltas: ValueDelta, essence_at: Tensor | None = None) -> Callable[[], Terms]:
+        """The loss that seven editors share: ``nll + kl_factor · essence_kl + v_weight_decay · ‖δ‖/‖v₀‖²``.
+
+        Every δ is added in every row at the row's own token. The KL is taken at the first δ's token of
+        "{subject} is a", against the model as it stands before this edit (Eqs. 4 of ROME, 5 of TOP).
+
+        Args:
+            deltas: The δs.
+            essence_at: Another position in the "{subject} is a" rows for the first δ and the KL, shape ``(n,)``.
+        """
+        rows, edit, essence = self.batch.rows, self.batch.edit, self.batch.essence
+        at = {delta: rows.at[delta.token].clone() for delta in deltas}
+        if essence_at is not None:
+            at[deltas[0]][essence] = essence_at
+        n, kl_at = len(self.batch), at[deltas[0]][essence]
+
+        def log_p(logits: Tensor) -> Tensor:
+            return logits[torch.arange(n, device=logits.device), kl_at.to(logits.device)].float().log_softmax(-1)
+
+        with torch.no_grad():
+            reference = log_p(self.base.logits(rows.select(essence)))
+
+        def terms() -> Terms:
+            with ExitStack() as stack:
+                for delta in deltas:
+                    stack.enter_context(self.base.add(delta.site, at[delta], delta.delta[edit]))
+                logits = self.base.logits(rows)
+            nll = objectives.nll(logits[~essence], rows.labels[~essence])
+            decay = [objectives.weight_decay(delta.delta, delta.origin) for delta in deltas]
+            return {
+                "nll": objectives.mean_over_rows(nll, edit[~essence], n),
+                "kl": self.kl_factor * objectives.essence_kl(log_p(logits[essence]), reference),
+                "weight_decay": self.v_weight_decay * torch.stack(decay).sum(dim=0),
+            }
+
+        return terms
+
+    def whiten(self, keys: Tensor, site: Site) -> Tensor:
+        """``C⁻¹ k`` in float64 for keys of shape ``(n, k)``; k itself without ``mom2_adjustment``."""
+        return self.moments[site].solve(keys.double()) if self.mom2_adjustment else keys.double()
+
+    def mean_keys(self, site: Site, token: Token) -> Tensor:
+        """k*: each edit's key, its mean over the context templates (by groups, where there are groups); ``(n, k)``."""
+        keys = self.base.keys(self.batch.rows, {site: self.batch.rows.at[token]})[site]
+        weight = self.batch.weight.to(keys.device)
+        edit = self.batch.edit.to(keys.device)
+        return keys.new_zeros(len(self.batch), keys.shape[1]).index_add(0, edit, keys * weight[:, None])
+
+    def bare_keys(self, site: Site, token: Token) -> Tensor:
+        """Each edit's key in its bare prompt, shape ``(n, k)``."""
+        rows = self.batch.rows.select(self.batch.bare)
+        return self.base.keys(rows, {site: rows.at[token]})[site]
+
+    # ------------------------------------------------------------------ Lightning
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One Adam over all δs of the pass; one without gradient gets no state and does not move."""
+        return torch.optim.Adam(self.deltas.parameters(), lr=self.v_lr)
+
+    def on_train_start(self) -> None:
+        """Enter the first stage."""
+        self._stages = self.stages()
+        self._enter_next_stage()
+
+    def _enter_next_stage(self) -> None:
+        stage = next(self._stages, None)
+        if stage is None:
+            self.trainer.should_stop = True
+            return
+        self._stage = stage
+        n = len(self.batch)
+        self._running = torch.ones(n, dtype=torch.bool, device=stage.deltas[0].delta.device)
+        self.outcomes.append(Outcome(stage.name, self.pass_, steps=torch.zeros(n, dtype=torch.long)))
+
+    def training_step(self, batch: list[Edit], batch_idx: int) -> None:
+        """One loss evaluation and, unless the stage ends with it, one update of the edits that go on."""
+        stage, outcome = self._stage, self.outcomes[-1]
+        terms = stage.loss()
+        outcome.curves.append({term: values.detach().cpu() for term, values in terms.items()})
+        outcome.steps[self._running.cpu()] += 1
+        loss = torch.stack(list(terms.values())).sum(dim=0)
+        self._check_finite(loss)
+        self._log_curves(stage.name, outcome.curves[-1])
+        self._running &= ~stage.stop(terms)
+        if not self._running.any() or len(outcome.curves) == stage.steps:
+            self._enter_next_stage()
+            return
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+        self.manual_backward(loss[self._running].sum())
+        before = [delta.delta.detach().clone() for delta in stage.deltas]
+        optimizer.step()
+        for delta, old in zip(stage.deltas, before, strict=True):
+            delta.clamp_()
+            with torch.no_grad():
+                delta.delta.copy_(torch.where(self._running[:, None], delta.delta, old))
+
+    def _check_finite(self, loss: Tensor) -> None:
+        broken = torch.nonzero(~loss.isfinite())
+        if len(broken):
+            case = self.batch.edits[int(broken[0])].case_id
+            msg = f"case {case}: the loss is {float(loss[broken[0]]):g} at step {len(self.outcomes[-1].curves)}; "
+            raise KeditError(msg + "load the model in float32 or bfloat16, or lower v_lr")
+
+    def _log_curves(self, stage: str, terms: Terms) -> None:
+        means = {f"{stage}/{term}": float(values.mean()) for term, values in terms.items()}
+        means[f"{stage}/loss"] = sum(means.values())
+        if "nll" in terms:
+            means[f"{stage}/target_probability"] = float((-terms["nll"]).exp().mean())
+        self.log_dict(means, batch_size=len(self.batch))
+
+    def validation_step(self, batch: list[Edit], batch_idx: int) -> None:  # type: ignore[override]
+        """Nothing to compute: the trainer scores the edits on the model as it stands."""
+
+    test_step = validation_step  # type: ignore[assignment]
+
+    max_new_tokens = 20
+
+    def predict_step(self, batch: list[str], batch_idx: int) -> list[str]:  # type: ignore[override]
+        """Greedy continuations of prompts by the model as it stands."""
+        return generate(self.base, batch, max_new_tokens=self.max_new_tokens, top_k=None)

@@ -1,0 +1,35 @@
+"""Metrics: one scorer, many metrics, and the evaluator that applies them to edits."""
+
+from kedit_lightning.metrics.collection import REPORTED, EditMetrics
+from kedit_lightning.metrics.evaluator import Evaluation, Evaluator, ReferenceTexts
+from kedit_lightning.metrics.functional import PromptScores, Summary
+from kedit_lightning.metrics.generation import GeneratedAccuracy, NGramEntropy, TfidfConsistency
+from kedit_lightning.metrics.per_case import PerCaseMetric
+from kedit_lightning.metrics.rewrite import (
+    HarmonicScore,
+    PairwiseSuccess,
+    RelationSpecificity,
+    TargetAccuracy,
+    Unchanged,
+)
+from kedit_lightning.metrics.scorer import Scorer
+
+__all__ = [
+    "REPORTED",
+    "EditMetrics",
+    "Evaluation",
+    "Evaluator",
+    "GeneratedAccuracy",
+    "HarmonicScore",
+    "NGramEntropy",
+    "PairwiseSuccess",
+    "PerCaseMetric",
+    "PromptScores",
+    "ReferenceTexts",
+    "RelationSpecificity",
+    "Scorer",
+    "Summary",
+    "TargetAccuracy",
+    "TfidfConsistency",
+    "Unchanged",
+]

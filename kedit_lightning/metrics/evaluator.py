@@ -1,0 +1,239 @@
+"""Evaluates edits on the model as it is now."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kedit_lightning.edits import Edit
+from kedit_lightning.metrics.collection import EditMetrics
+from kedit_lightning.metrics.functional import WORD, PromptScores, fit_tfidf, tfidf_consistency
+from kedit_lightning.metrics.generation import says, text_entropies
+from kedit_lightning.metrics.questions import Question, edited_relations, identity, questions
+from kedit_lightning.metrics.scorer import CANDIDATES, Scorer
+from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.generation import generate, normalise
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+ReferenceTexts = Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]]
+"""Relation id → id of the object → texts on subjects that have it, each a mapping with the key ``text``."""
+
+TOP_K = 5
+CHUNK = 32
+"""Edits evaluated together: enough prompts to fill batches, few enough to show progress."""
+
+
+@dataclass
+class Evaluation:
+    """How edits are evaluated.
+
+    Attributes:
+        generation: Also let the model write: fluency, consistency and free-generation efficacy (slower).
+        generation_length: Length of a written text in tokens, its prompt included.
+        max_tokens: Tokens of a batch, padding included; less needs less memory.
+        seed: Seed of the written texts; each case and prompt has a random stream of its own.
+    """
+
+    generation: bool = True
+    generation_length: int = 100
+    max_tokens: int = 8192
+    seed: int = 0
+
+
+class Evaluator:
+    """Scores edits on the model as it is at the time of each call.
+
+    Args:
+        base: The model.
+        settings: How edits are evaluated.
+        reference_texts: For consistency: relation id → id of the new target → texts.
+    """
+
+    def __init__(
+        self, base: LanguageModel, settings: Evaluation, reference_texts: ReferenceTexts | None = None
+    ) -> None:
+        self.base = base
+        self.settings = settings
+        self.reference_texts = reference_texts or {}
+        self.scorer = Scorer(base, settings.max_tokens)
+        self._references: dict[tuple[int, int], tuple[int, int]] = {}
+        self._raw_answers: dict[int, str] = {}
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What every number depends on; numbers of different protocols do not compare."""
+        return {
+            "tokenizer": type(self.base.tokenizer).__name__,
+            "dtype": str(next(self.base.model.parameters()).dtype).removeprefix("torch."),
+            "joiner": " ",
+            "scoring": "teacher-forced, float32 log-softmax, mean NLL over the target's tokens",
+            "success": "strictly likelier; a tie fails",
+            "r_specificity": f"first content token of the unedited model's {CANDIDATES} likeliest, against the least "
+            "likely token of the new target; relations edited for the same subject in the batch left out",
+            "aggregation": "mean over the prompts of a case, then over cases; std with ddof 0 over cases",
+            "generated": "greedy, begins with the new target as whole words, tokens of the target + 1",
+            "generation": {
+                "enabled": self.settings.generation,
+                "length": self.settings.generation_length,
+                "top_k": TOP_K,
+                "seed": self.settings.seed,
+                "text": "with its prompt, NFKD, end-of-text does not stop it",
+                "words": WORD,
+            },
+        }
+
+    def new(self) -> EditMetrics:
+        """An empty collection of metrics, on the model's device."""
+        return EditMetrics().to(self.base.device)
+
+    def references(self, edits: Sequence[Edit], progress: Callable[[int], None] | None = None) -> None:
+        """Keep what the model says now, unedited, to relation-specific prompts and to the edit prompts.
+
+        Args:
+            edits: The edits that will be evaluated later.
+            progress: Called with the number of edits done.
+        """
+        for start in range(0, len(edits), CHUNK):
+            part = edits[start : start + CHUNK]
+            keys = [(identity(e), i, prompt) for e in part for i, prompt in enumerate(e.relation_specific_prompts)]
+            content, top = self.scorer.next_token([prompt for _, _, prompt in keys])
+            for (case, i, _), pair in zip(keys, zip(content.tolist(), top.tolist(), strict=True), strict=True):
+                self._references[case, i] = pair
+            for edit, answer in zip(part, self.answers(part), strict=True):
+                self._raw_answers[identity(edit)] = answer
+            if progress is not None:
+                progress(start + len(part))
+
+    def raw_answer(self, edit: Edit) -> str | None:
+        """The unedited model's greedy answer to the edit prompt, if `references` has seen the edit."""
+        return self._raw_answers.get(identity(edit))
+
+    def answers(self, edits: Sequence[Edit]) -> list[str]:
+        """Greedy answers to the edit prompts on one line each, one token longer than the new target."""
+        lengths = [len(self.base.encode(edit.text, edit.target_new).targets) + 1 for edit in edits]
+        texts = generate(
+            self.base,
+            [edit.text for edit in edits],
+            max_new_tokens=lengths,
+            top_k=None,
+            max_tokens=self.settings.max_tokens,
+        )
+        return [" ".join(text.split()) for text in texts]
+
+    def update(
+        self,
+        metrics: EditMetrics,
+        edits: Sequence[Edit],
+        progress: Callable[[int], None] | None = None,
+        edited: Sequence[Edit] | None = None,
+    ) -> list[dict[str, float]]:
+        """Score edits on the model as it is now.
+
+        Args:
+            metrics: Where the scores are added.
+            edits: The edits to score.
+            progress: Called with the number of edits done.
+            edited: The edits made together, whose relations are left out of relation specificity; default: `edits`.
+
+        Returns:
+            For each edit its values by reported name, with ``p_new`` and ``p_true``: the geometric-mean token
+            probabilities of the two answers to the edit prompt. What a record cannot tell is left out.
+        """
+        relations = edited_relations(edits if edited is None else edited)
+        lines: list[dict[str, float]] = []
+        for start in range(0, len(edits), CHUNK):
+            part = edits[start : start + CHUNK]
+            probabilities = self._rewrite(metrics, part, relations)
+            if self.settings.generation:
+                self._write(metrics, part)
+            latest = metrics.latest()
+            lines += [latest[identity(edit)] | pair for edit, pair in zip(part, probabilities, strict=True)]
+            if progress is not None:
+                progress(len(lines))
+        return lines
+
+    def _rewrite(
+        self, metrics: EditMetrics, edits: Sequence[Edit], relations: set[tuple[str, str]]
+    ) -> list[dict[str, float]]:
+        """Teacher-forced metrics; returns the probabilities of the two answers to each edit prompt."""
+        asked: dict[str, list[Question]] = {}
+        for edit in edits:
+            for name, found in questions(edit, self._references, relations).items():
+                asked.setdefault(name, []).extend(found)
+        flat = [question for found in asked.values() for question in found]
+        new, other, top = self._ask(flat)
+        start = 0
+        for name, found in asked.items():
+            rows = slice(start, start := start + len(found))
+            cases = torch.tensor([question.case for question in found])
+            if name == "r_specificity":
+                metrics.metric(name).update(cases, other[rows].nll_sum, new[rows].nll_max)
+                metrics.metric(f"{name}/unchanged").update(cases, top[rows].token_accuracy)
+                continue
+            metrics.metric(name).update(cases, new[rows].nll_mean, other[rows].nll_mean)
+            answer = other[rows] if name == "s_specificity" else new[rows]
+            metrics.metric(f"{name}/target").update(cases, answer.n_correct, answer.n_tok)
+        # Efficacy is asked first, one question an edit.
+        pairs = zip((-new.nll_mean).exp().tolist(), (-other.nll_mean).exp().tolist(), strict=True)
+        named = [{"p_new": p_new, "p_true": p_true} for p_new, p_true in list(pairs)[: len(edits)]]
+        return [{name: p for name, p in pair.items() if not math.isnan(p)} for pair in named]
+
+    def _ask(self, asked: Sequence[Question]) -> tuple[PromptScores, PromptScores, PromptScores]:
+        """Scores of the new answers, the others and the former arg-maxes, nan where there is none."""
+        answers = [answer for question in asked for answer in (question.new, question.other, question.top)]
+        prompts = [question.prompt for question in asked for _ in range(3)]
+        there = [i for i, answer in enumerate(answers) if answer is not None]
+        scores = self.scorer.score([prompts[i] for i in there], [answers[i] for i in there])  # type: ignore[misc]
+
+        def spread(column: Tensor) -> Tensor:
+            return torch.full((len(answers),), math.nan).index_put((torch.tensor(there),), column.float())
+
+        full = PromptScores(*(spread(getattr(scores, name)) for name in PromptScores.__dataclass_fields__))
+        return full[0::3], full[1::3], full[2::3]
+
+    def _write(self, metrics: EditMetrics, edits: Sequence[Edit]) -> None:
+        """Metrics of free generation."""
+        cases = torch.tensor([identity(edit) for edit in edits])
+        hits = [says(answer, edit.target_new) for answer, edit in zip(self.answers(edits), edits, strict=True)]
+        metrics.metric("efficacy/generated").update(cases, torch.tensor(hits))
+        keys = [(edit, i) for edit in edits for i in range(len(edit.generation_prompts))]
+        seeds = [random.Random(f"{self.settings.seed}/{identity(e)}/{i}").getrandbits(63) for e, i in keys]
+        generated = generate(
+            self.base,
+            [edit.generation_prompts[i] for edit, i in keys],
+            max_length=self.settings.generation_length,
+            top_k=TOP_K,
+            seed=seeds,
+            max_tokens=self.settings.max_tokens,
+            with_prompt=True,
+        )
+        texts: dict[int, list[str]] = {identity(edit): [] for edit in edits}
+        for (edit, _), text in zip(keys, generated, strict=True):
+            texts[identity(edit)].append(normalise(text))
+        entropies = [text_entropies(texts[case]).mean() for case in cases.tolist()]  # nan where there is no text
+        metrics.metric("fluency").update(cases, torch.stack(entropies))
+        cosines = [self._consistency(edit, texts[identity(edit)]) for edit in edits]
+        metrics.metric("consistency").update(cases, torch.tensor(cosines))
+
+    def _consistency(self, edit: Edit, texts: Sequence[str]) -> float:
+        """Cosine with the reference texts, nan where the edit has none."""
+        samples = self.reference_texts.get(edit.relation_id or "", {}).get(edit.target_new_id or "", ())
+        if not samples or not texts:
+            return math.nan
+        return tfidf_consistency(self._vectorizer, texts, [sample["text"] for sample in samples])
+
+    @cached_property
+    def _vectorizer(self) -> TfidfVectorizer:
+        """Fitted on every reference text there is."""
+        return fit_tfidf(
+            [sample["text"] for objects in self.reference_texts.values() for s in objects.values() for sample in s]
+        )
