@@ -1,0 +1,224 @@
+"""Editing from Python: one call on the caller's own model and tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import logging
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kedit_lightning import delta as delta_files
+from kedit_lightning import editors
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.delta import WeightDelta
+from kedit_lightning.editors import Editor
+from kedit_lightning.edits import Edit
+from kedit_lightning.errors import KeditError
+from kedit_lightning.metrics import Evaluation
+from kedit_lightning.models import Architecture, LanguageModel
+from kedit_lightning.run import Record, read_deltas
+from kedit_lightning.trainer import EditTrainer
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What `edit` did.
+
+    Attributes:
+        delta: The updates in the order in which they were added to the weights; adding them to the unedited model again
+            gives the edited one bit for bit.
+        records: For each edit what was asked, the answer before and after, losses, and its measures before and after.
+        metrics: The summary over all edits, before (``pre``) and after (``post``).
+        metadata: What is saved with the delta: editor, base model, fingerprint, case ids.
+    """
+
+    delta: list[WeightDelta]
+    records: list[Record]
+    metrics: Record
+    metadata: Record
+
+    def save(self, path: Path | str) -> None:
+        """Write the delta to a ``.safetensors`` file, which `kedit apply` takes.
+
+        Args:
+            path: The file.
+
+        Raises:
+            KeditError: The file cannot be written; nothing is left of it.
+        """
+        delta_files.save(Path(path), self.delta, self.metadata)
+
+
+def edit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit | Mapping[str, Any]],
+    editor: str | type[Editor] = "ROME",
+    *,
+    batch_size: int = 1,
+    evaluate: bool | Evaluation = True,
+    show_progress: bool = False,
+    save_dir: Path | str | None = None,
+    architecture: Architecture | None = None,
+    **hyperparameters: Any,
+) -> EditResult:
+    """Edit facts in a Hugging Face model, in place.
+
+    All edits or none: an exception or an interrupt anywhere gives the model back every bit it had before this call.
+    Train mode and ``requires_grad`` are as before in either case. A model in half precision keeps float32 masters of
+    the edited matrices during the call, not between calls.
+
+    Args:
+        model: A causal language model, on any device.
+        tokenizer: Its tokenizer.
+        edits: `Edit`s, or mappings with ``prompt`` (with one ``{}``), ``subject`` and ``target_new``, and optionally
+            the other fields of `Edit`. Case ids count from 0 where they are missing or not unique.
+        editor: Name of an editor, such as ``ROME`` or ``TOP``, or its class.
+        batch_size: Edits solved together.
+        evaluate: Whether the model is measured before and after, or how.
+        show_progress: Whether the terminal shows progress.
+        save_dir: Where the run directory is kept; without it there is none.
+        architecture: Where the sub-blocks live, for a family outside the table.
+        hyperparameters: The editor's settings. ``layers`` is always needed; where keys are whitened,
+            ``statistics=Statistics(…)`` says from which text (``mom2_adjustment=False`` does without).
+
+    Returns:
+        The delta, and a record for each edit.
+
+    Raises:
+        KeditError: The model, an edit, the editor or one of its settings cannot be used.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_modes_kept(model))
+        stack.enter_context(torch.enable_grad())
+        base = LanguageModel.wrap(model, tokenizer, architecture)
+        method = _make_editor(editor, base, hyperparameters)
+        data = EditDataModule(edits=_as_records(edits), batch_size=batch_size)
+        kept = Path(save_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="kedit-")))
+        stack.enter_context(_interrupts_passed_on())
+        if not show_progress:
+            stack.enter_context(_quiet())
+        trainer = EditTrainer(
+            save_dir=str(kept),
+            evaluation=evaluate if isinstance(evaluate, Evaluation) else None,
+            evaluate=bool(evaluate),
+            enable_progress_bar=show_progress,
+            **_placement(base.device),
+        )
+        with base.transaction():
+            trainer.fit(method, datamodule=data)
+            deltas, metadata = read_deltas(trainer.run.path)
+            report = json.loads((trainer.run.path / "metrics.json").read_text(encoding="utf-8"))
+            return EditResult(deltas, trainer.run.records(), report, metadata)
+
+
+def _as_records(edits: Sequence[Edit | Mapping[str, Any]]) -> list[Record]:
+    """Edits as a data set's records, with case ids that tell them apart."""
+    records = [edit.as_record() if isinstance(edit, Edit) else dict(edit) for edit in edits]
+    if not records:
+        msg = "expected at least one edit, got none; an edit has a prompt with one {}, a subject and a target_new"
+        raise KeditError(msg)
+    cases = [record.get("case_id", position) for position, record in enumerate(records)]
+    if len(set(cases)) < len(cases):
+        records = [{**record, "case_id": position} for position, record in enumerate(records)]
+    return records
+
+
+def _make_editor(editor: str | type[Editor], base: LanguageModel, settings: dict[str, Any]) -> Editor:
+    method = editor if isinstance(editor, type) else _named_editor(editor)
+    known = {name: one for name, one in inspect.signature(method).parameters.items() if name != "base"}
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; it has {', '.join(known)}"
+            msg = f"{method.__name__} has no setting {name!r}{hint}"
+            raise KeditError(msg)
+    missing = [name for name, one in known.items() if one.default is one.empty and name not in settings]
+    if missing:
+        msg = f"{method.__name__} needs {' and '.join(missing)}, for which no value fits every model; give it to edit()"
+        raise KeditError(msg)
+    whitens = "mom2_adjustment" in known and settings.get("mom2_adjustment", known["mom2_adjustment"].default)
+    if whitens and settings.get("statistics") is None:
+        msg = (
+            f"{method.__name__} whitens keys by their second moment over some text: give statistics=Statistics(…) "
+            "(kedit_lightning.models.statistics), or mom2_adjustment=False to take the identity"
+        )
+        raise KeditError(msg)
+    return method(base, **settings)
+
+
+def _named_editor(name: str) -> type[Editor]:
+    found = {one: getattr(editors, one) for one in editors.__all__}
+    known = {
+        one: value
+        for one, value in found.items()
+        if isinstance(value, type) and issubclass(value, Editor) and not inspect.isabstract(value)
+    }
+    if name not in known:
+        msg = f"unknown editor {name!r}; there are {', '.join(known)}"
+        raise KeditError(msg)
+    return known[name]
+
+
+def _placement(device: torch.device) -> dict[str, Any]:
+    """The Trainer's arguments for the device that the model is on."""
+    if device.type == "cpu":
+        return {"accelerator": "cpu", "devices": 1}
+    return {"accelerator": device.type, "devices": [device.index or 0]}
+
+
+@contextmanager
+def _modes_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Give train mode and ``requires_grad`` back as they were: the base model is frozen while it is edited."""
+    training = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _interrupts_passed_on() -> Iterator[None]:
+    """Lightning answers an interrupt by ignoring all later ones and leaving the process; a caller wants neither."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from leaving
+        raise
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what Lightning says about itself."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,166 @@
+"""The `kedit` command: LightningCLI for what trains, plain functions for the rest, one line for every error."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from kedit_lightning import __version__
+from kedit_lightning.callbacks.console import quiet
+from kedit_lightning.errors import KeditError
+from kedit_lightning.messages import one_line
+
+TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "fit": "edit a stream of facts, measured before and after",
+        "validate": "measure the unedited model",
+        "test": "measure an edited model (--delta)",
+        "predict": "continue prompts before and after the edits (--delta)",
+        "statistics": "collect the key statistics that a configuration needs",
+    }
+)
+OTHER_COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "apply": "write an edited model, as a Hugging Face checkpoint or a LoRA adapter",
+        "revert": "write the model without one edit, or without any",
+        "show": "print the tables of runs, side by side",
+        "pretrain": "train the almanac's model from scratch",
+    }
+)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `kedit`.
+
+    Args:
+        args: The command line; that of the process by default.
+
+    Raises:
+        SystemExit: Status 1 for what cannot be done, 2 for a command line or configuration that cannot be read; one
+            line says why.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    command = args[0] if args else "--help"
+    quiet()
+    try:
+        if command in TRAINER_COMMANDS:
+            _run_trainer(args)
+        elif command == "pretrain":
+            from kedit_lightning.almanac.pretrain import main as pretrain
+
+            pretrain(args[1:])
+        elif command in OTHER_COMMANDS:
+            _run_function(command, args[1:])
+        elif command in ("-h", "--help"):
+            sys.stdout.write(_usage())
+        elif command == "--version":
+            sys.stdout.write(f"kedit {__version__}\n")
+        else:
+            _fail(f"unknown command {command!r}; there are {', '.join((*TRAINER_COMMANDS, *OTHER_COMMANDS))}", 2)
+    except (KeditError, ValueError, TypeError) as error:
+        known = _cause(error)
+        if known is None:
+            raise
+        _fail(str(known), 1)
+    except torch.OutOfMemoryError as error:
+        _fail(f"out of memory ({one_line(str(error))}); lower data.batch_size, or load base.dtype bfloat16", 1)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        full = "; nothing half-written is left, free some space and run again" if error.errno == errno.ENOSPC else ""
+        _fail(f"{error.strerror}: {error.filename or 'a file of the run'}{full}", 1)
+
+
+def _cause(error: BaseException | None) -> KeditError | None:
+    """The user's error at the bottom of an exception: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, KeditError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    sys.stderr.write(f"kedit: {message}\n")
+    sys.exit(status)
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<12}{what}" for name, what in {**TRAINER_COMMANDS, **OTHER_COMMANDS}.items())
+    return f"usage: kedit COMMAND …\n\n{commands}\n\n`kedit COMMAND --help` lists a command's options.\n"
+
+
+class _OneLineParser(ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong in one line and leave with status 2."""
+        if not self.exit_on_error:  # the parser of a nested class: let the outer one name the whole key
+            super().error(message, ex)
+        _fail(one_line(message), 2)
+
+
+class _EditParser(_OneLineParser, LightningArgumentParser):
+    """The same, for LightningCLI."""
+
+
+class EditCLI(LightningCLI):
+    """Blocks of a configuration: ``base`` (the model), ``model`` (the editor), ``data`` (the stream), ``trainer``."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose errors are one line."""
+        kwargs.setdefault("dump_header", [f"kedit_lightning=={__version__}"])
+        parser = _EditParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Path of a configuration; may be given repeatedly.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the base model, and hand it to the editor."""
+        from kedit_lightning.models import LanguageModel
+
+        parser.add_class_arguments(LanguageModel, "base")
+        parser.link_arguments("base", "model.init_args.base", apply_on="instantiate")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's methods that are commands, each with the parameters that are no options."""
+        hidden = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "ckpt_path"}
+        return {name: hidden for name in TRAINER_COMMANDS}
+
+
+def _run_trainer(args: Sequence[str]) -> None:
+    from kedit_lightning import editors  # noqa: F401 - lets a configuration name an editor by its bare class name
+    from kedit_lightning.data.datamodule import EditDataModule
+    from kedit_lightning.editors import Editor
+    from kedit_lightning.trainer import EditTrainer
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        EditCLI(
+            model_class=Editor,
+            datamodule_class=EditDataModule,
+            trainer_class=EditTrainer,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            args=list(args),
+        )
+
+
+def _run_function(command: str, args: Sequence[str]) -> None:
+    """Run a plain function: what it needs is positional unless keyword-only, the rest are options."""
+    from kedit_lightning import commands, report
+
+    function: Callable[..., Any] = report.show if command == "show" else getattr(commands, command)
+    parser = _OneLineParser(prog=f"kedit {command}", description=inspect.getdoc(function))
+    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
+    parsed = parser.parse_args(list(args))
+    function(**parser.instantiate_classes(parsed).as_dict())

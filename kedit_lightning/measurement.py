@@ -1,0 +1,95 @@
+"""Measuring a model on the edits of a stream, and the report of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kedit_lightning.callbacks.base import Record
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.editors import Editor
+from kedit_lightning.edits import Edit
+from kedit_lightning.metrics import EditMetrics, Evaluator
+from kedit_lightning.run import RunDirectory
+
+if TYPE_CHECKING:
+    from kedit_lightning.trainer import EditTrainer
+
+
+class Measurement:
+    """The model of an editor, measured on the edits of a data module as it is at each call.
+
+    Args:
+        trainer: Its callbacks hear of the progress, its logger of the results.
+        editor: The editor that holds the model.
+        datamodule: The edits.
+    """
+
+    def __init__(self, trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -> None:
+        self.trainer, self.editor, self.datamodule = trainer, editor, datamodule
+        self.started = time.time()
+        self.run = RunDirectory(Path(trainer.log_dir or "."))
+        editor.base.to(trainer.strategy.root_device)
+        self.evaluator = Evaluator(editor.base, trainer.evaluation, datamodule.reference_texts())
+
+    def score(self, title: str, batches: Sequence[Sequence[Edit]], metrics: EditMetrics) -> list[Record]:
+        """Add edits to metrics; their values, a record an edit.
+
+        Args:
+            title: What the progress bar says.
+            batches: Edits solved together. Relations edited together with a prompt's subject do not count as unrelated,
+                so batches are kept apart, unless no subject comes twice: then all are scored at once, which is faster.
+            metrics: What they are added to.
+        """
+        edits = [edit for batch in batches for edit in batch]
+        if len({edit.subject for edit in edits}) == len(edits):
+            batches = [edits]
+        self.trainer.tell("on_evaluation_start", title, len(edits))
+        records: list[Record] = []
+
+        def progress(done: int) -> None:
+            self.trainer.tell("on_evaluation_progress", len(records) + done)
+
+        for batch in batches:
+            records += self.evaluator.update(metrics, batch, progress)
+        self.trainer.tell("on_evaluation_end")
+        return records
+
+    def finish(self, edits: int, **metrics: EditMetrics) -> Record:
+        """Write metrics.json, show and log it.
+
+        Args:
+            edits: Number of edits.
+            metrics: ``pre`` and ``post``, or one of them.
+
+        Returns:
+            The report.
+        """
+        summaries = {when: found.compute() for when, found in metrics.items()}
+        report: Record = {"editor": type(self.editor).__name__, "edits": edits, "protocol": self.protocol}
+        for when, found in summaries.items():
+            report[when] = {name: summary.as_dict() for name, summary in found.items()}
+            means = {f"{when}/{name}": s.mean for name, s in found.items() if not math.isnan(s.mean)}
+            if self.trainer.logger is not None:
+                self.trainer.logger.log_metrics(means, step=edits)
+        report["seconds"] = round(time.time() - self.started, 1)
+        self.run.write_json("metrics.json", report)
+        self.trainer.tell("on_stream_end", self.editor, report)
+        return report
+
+    @property
+    def protocol(self) -> Record:
+        """What the numbers depend on."""
+        return {
+            **self.evaluator.protocol,
+            "batch_size": self.datamodule.batch_size,
+            "restore_every": self.datamodule.restore_every,
+            "dataset": self.datamodule.dataset,
+            "base": self.editor.base.name_or_path,
+            "torch": torch.__version__,
+        }

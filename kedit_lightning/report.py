@@ -1,0 +1,215 @@
+"""The table of results, before and after, as the terminal and `kedit show` print it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kedit_lightning.delta import write_beside
+from kedit_lightning.errors import KeditError
+
+Report = dict[str, Any]
+"""What metrics.json holds."""
+
+LABELS = {
+    "efficacy": "Efficacy: the edited prompt",
+    "efficacy_accuracy": "Efficacy: tokens answered",
+    "efficacy_generated": "Efficacy: written freely",
+    "generalization": "Generalization: its paraphrases",
+    "generalization_accuracy": "Generalization: tokens answered",
+    "s_specificity": "S-specificity: other subjects",
+    "s_specificity_accuracy": "S-specificity: tokens answered",
+    "r_specificity": "R-specificity: its other relations",
+    "r_specificity_unchanged": "R-specificity: answer unchanged",
+    "score3": "Score of three (no R-specificity)",
+    "score3_accuracy": "Score of three (accuracies)",
+    "score4": "Score of all four",
+    "fluency": "Fluency: n-gram entropy",
+    "consistency": "Consistency: with reference texts",
+}
+"""Metrics of the table, in its order and in plain words."""
+
+TEXTS = ("fluency", "consistency")
+
+STREAM = ("batch_size", "restore_every", "torch")
+"""What the protocol says about the edits; a base model's numbers do not depend on it."""
+
+MIN_WIDTH = 76
+"""Narrower terminals get means without their intervals."""
+
+
+def shown(summaries: Sequence[Report]) -> list[str]:
+    """Names of the metrics worth a row: those reported, accuracies only where there is no comparison (zsRE)."""
+    there = {name for summary in summaries for name in summary}
+    return [name for name in LABELS if name in there and name.removesuffix("_accuracy") not in there - {name}]
+
+
+def table(reports: Sequence[tuple[str, Report]], width: int = 100) -> Table:
+    """Metrics × 100 with the half-width of their 95 % interval.
+
+    Args:
+        reports: Name and report of each run. One run has the columns before, after and change; of several, each has a
+            column, beside one for the raw model, which all share if `same_raw`, else each its own.
+        width: Columns of the terminal; where they are few, the intervals are left out.
+    """
+    pre, post = ([(name, report[when]) for name, report in reports if when in report] for when in ("pre", "post"))
+    if len(reports) == 1:
+        columns = [("before", summary) for _, summary in pre] + [("after", summary) for _, summary in post]
+    elif same_raw(reports):
+        columns = [("raw", summary) for _, summary in pre[:1]] + post
+    else:
+        columns = []
+        for name, report in reports:
+            columns += [(f"{name} raw", report["pre"])] if "pre" in report else []
+            columns += [(name, report["post"])] if "post" in report else []
+    change = len(reports) == 1 and len(columns) == 2
+    intervals = width >= MIN_WIDTH
+    found = Table(title=title(reports), title_justify="left", caption_justify="left", box=box.HORIZONTALS)
+    found.caption = "× 100" + (", ± 95 % interval" if intervals else "")
+    found.add_column("", overflow="fold", min_width=14)
+    for name, _ in columns:
+        found.add_column(name, justify="right", no_wrap=intervals)
+    if change:
+        found.add_column("change", justify="right")
+    rows = shown([summary for _, summary in columns])
+    for name in rows:
+        cells = [cell(summary.get(name), intervals) for _, summary in columns]
+        if change:
+            cells.append(_change(*(summary.get(name) for _, summary in columns)))
+        found.add_row(LABELS[name], *cells)
+        found.rows[-1].end_section = _ends_section(name, rows)
+    return found
+
+
+def title(reports: Sequence[tuple[str, Report]]) -> str:
+    """Name and number of edits of each run."""
+    if len(reports) > 1 and len({report["edits"] for _, report in reports}) == 1:
+        return f"{reports[0][1]['edits']:,} edits"
+    return "; ".join(f"{name}, {count(report['edits'])}" for name, report in reports)
+
+
+def count(n: int) -> str:
+    """The number of edits in words: ``1 edit``, ``2,000 edits``."""
+    return f"{n:,} edit" + "s" * (n != 1)
+
+
+def cell(summary: Report | None, interval: bool = True) -> str:
+    """A metric's mean × 100 and, where it is known, its interval: ``99.5 ± 1.0``.
+
+    >>> cell({"mean": 0.995, "ci95": 0.01}), cell({"mean": 0.5}), cell(None)
+    ('99.5 ±  1.0', '50.0       ', '–')
+    """
+    if summary is None or math.isnan(summary.get("mean", math.nan)):
+        return "–"
+    mean = f"{100 * summary['mean']:.1f}"
+    if not interval:
+        return mean
+    ci95 = summary.get("ci95", math.nan) if summary.get("n", 2) > 1 else math.nan
+    return mean + (" " * 7 if math.isnan(ci95) else f" ± {100 * ci95:4.1f}")
+
+
+def same_raw(reports: Sequence[tuple[str, Report]]) -> bool:
+    """Whether the runs measured the same unedited model on the same edits in the same way."""
+    raw = [
+        ({k: v for k, v in report["protocol"].items() if k not in STREAM}, report["edits"], report["pre"])
+        for _, report in reports
+        if "pre" in report
+    ]
+    return all(each == raw[0] for each in raw)
+
+
+def differences(reports: Sequence[tuple[str, Report]]) -> str:
+    """One sentence on where the protocols differ; empty where they do not."""
+    protocols = [report["protocol"] for _, report in reports]
+    every = {key: None for protocol in protocols for key in protocol}
+    if keys := [key for key in every if any(p.get(key) != protocols[0].get(key) for p in protocols)]:
+        parts = (f"{k} ({', '.join(_value(p.get(k)) for p in protocols)})" for k in keys)
+        return f"The protocols differ, so the numbers do not compare as they stand: {'; '.join(parts)}."
+    return "" if same_raw(reports) else "The runs are of different edits: there is no common raw model."
+
+
+def show(runs: Sequence[Path], out: Path | None = None, console: Console | None = None) -> None:
+    """Print the results of runs side by side.
+
+    Args:
+        runs: Run directories.
+        out: A file that the table is written to as well.
+        console: Where to print; standard output by default.
+
+    Raises:
+        KeditError: A path is no run directory, or has no results.
+    """
+    reports = [_read(Path(run)) for run in runs]
+    if not reports:
+        msg = "expected at least one run directory, such as lightning_logs/edits/version_0"
+        raise KeditError(msg)
+    named = list(zip(_names(runs, reports), reports, strict=True))
+
+    def write(console: Console) -> None:
+        console.print(table(named, console.width))
+        if note := differences(named):
+            console.print(Text(note, "yellow"))
+
+    write(console or Console(highlight=False))
+    if out is not None:
+
+        def to_file(path: Path) -> None:
+            with path.open("w", encoding="utf-8") as file:
+                write(Console(file=file, width=160, highlight=False, force_terminal=False))
+
+        write_beside(out, to_file)
+
+
+def _read(run: Path) -> Report:
+    path = run / "metrics.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = "it has no metrics.json (unfinished?)" if run.is_dir() else "there is no such directory"
+        msg = f"{run}: expected a run directory such as lightning_logs/edits/version_0, but {reason}"
+        raise KeditError(msg) from error
+    except ValueError as error:
+        msg = f"{path}: expected JSON as a run leaves it, got {error}"
+        raise KeditError(msg) from error
+    missing = [key for key in ("editor", "edits", "protocol") if not isinstance(report, dict) or key not in report]
+    if missing or not ("pre" in report or "post" in report):
+        msg = f"{path}: expected the results of a run, found no {missing[0] if missing else 'pre or post'}"
+        raise KeditError(msg)
+    found: Report = report
+    return found
+
+
+def _names(runs: Sequence[Path], reports: Sequence[Report]) -> list[str]:
+    """The editors' names; with as much of the path as tells them apart."""
+    editors = [str(report["editor"]) for report in reports]
+
+    def choices() -> Iterator[list[str]]:
+        yield editors
+        yield [f"{editor} {run.name}" for editor, run in zip(editors, map(Path, runs), strict=True)]
+
+    return next((names for names in choices() if len(set(names)) == len(names)), [str(run) for run in runs])
+
+
+def _change(before: Report | None, after: Report | None) -> Text:
+    if before is None or after is None:
+        return Text("–")
+    change = round(100 * (after["mean"] - before["mean"]), 1) + 0.0
+    return Text("0.0") if change == 0 else Text(f"{change:+.1f}", "green" if change > 0 else "red")
+
+
+def _ends_section(name: str, rows: Sequence[str]) -> bool:
+    """Whether the next row begins the scores or the texts."""
+    here, *below = ("score" in row or 2 * (row in TEXTS) for row in rows[rows.index(name) :][:2])
+    return below not in ([], [here])
+
+
+def _value(value: object) -> str:
+    return "none" if value is None else str(value)

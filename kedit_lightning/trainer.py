@@ -1,0 +1,271 @@
+"""EditTrainer: Lightning's Trainer over a stream of edits, one `Trainer.fit` a pass."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from kedit_lightning import delta as delta_files
+from kedit_lightning.callbacks.base import EditCallback, Record
+from kedit_lightning.callbacks.console import Console
+from kedit_lightning.callbacks.figures import Figures
+from kedit_lightning.callbacks.scoring import Scoring
+from kedit_lightning.callbacks.weight_update import WeightUpdate
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.delta import WeightDelta
+from kedit_lightning.editors import Editor
+from kedit_lightning.edits import Edit
+from kedit_lightning.errors import DeltaError
+from kedit_lightning.measurement import Measurement
+from kedit_lightning.metrics import Evaluation
+from kedit_lightning.run import RunDirectory, read_deltas
+from kedit_lightning.stream import EditStream
+
+
+class EditLogger(TensorBoardLogger):
+    """TensorBoard over the whole stream: one event file, although every pass is a fit of its own."""
+
+    def save(self) -> None:
+        """Nothing beside the events: config.yaml holds the configuration."""
+
+    def finalize(self, status: str) -> None:
+        """Flush, and leave the file open for the next fit."""
+        del status
+        self.experiment.flush()
+
+    def close(self) -> None:
+        """The stream is over."""
+        self.experiment.close()
+
+
+class EditTrainer(Trainer):
+    """Streams edit batches through an editor.
+
+    `fit` measures the unedited model, edits batch after batch (a `Trainer.fit` a pass, the weight update in its
+    ``on_fit_end``), measures the edited model before every restoration and at the end, and leaves a run directory. The
+    weights stay edited as they are after the last batch. An edit batch commits or is rolled back as a whole.
+
+    Args:
+        name: Folder of this run's versions under ``save_dir``.
+        save_dir: Where runs are kept.
+        evaluation: What is measured before and after.
+        evaluate: Whether anything is measured at all.
+        accelerator: As in Lightning.
+        devices: As in Lightning.
+        num_nodes: As in Lightning.
+        strategy: As in Lightning.
+        callbacks: Further callbacks.
+        enable_progress_bar: Whether the terminal shows progress.
+    """
+
+    def __init__(
+        self,
+        name: str = "edits",
+        save_dir: str = "lightning_logs",
+        evaluation: Evaluation | None = None,
+        evaluate: bool = True,
+        accelerator: str = "auto",
+        devices: int | str | list[int] = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        callbacks: list[Callback] | None = None,
+        enable_progress_bar: bool = True,
+    ) -> None:
+        self.weight_update = WeightUpdate()
+        self.edit_logger = EditLogger(save_dir, name=name, default_hp_metric=False)
+        super().__init__(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            callbacks=[self.weight_update, Scoring(), Console(), Figures(), *(callbacks or [])],
+            logger=self.edit_logger,
+            max_epochs=-1,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            use_distributed_sampler=False,
+        )
+        self.run = RunDirectory(Path(self.log_dir or "."))
+        self.report: Record = {}
+        self.show_progress = enable_progress_bar
+        self.evaluation, self.evaluate = evaluation or Evaluation(), evaluate
+
+    def tell(self, hook: str, *args: Any) -> None:
+        """Call a hook of the edit stream on every callback that hears of it."""
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EditCallback):
+                getattr(callback, hook)(self, *args)
+
+    # ------------------------------------------------------------------ fit
+
+    def fit(  # type: ignore[override]
+        self,
+        model: Editor,
+        train_dataloaders: None = None,
+        val_dataloaders: None = None,
+        datamodule: EditDataModule | None = None,
+        ckpt_path: None = None,
+    ) -> None:
+        """Edit the stream of the data module.
+
+        Args:
+            model: The editor.
+            train_dataloaders: Not used; the data module streams.
+            val_dataloaders: Not used.
+            datamodule: The stream.
+            ckpt_path: Not used; a run is resumed from its directory.
+        """
+        del train_dataloaders, val_dataloaders, ckpt_path
+        assert datamodule is not None
+        datamodule.setup("fit")
+        stream = EditStream(self, model, datamodule)
+        self.run = stream.run
+        stream.open()
+        for index, group in enumerate(datamodule.groups()):
+            if index:
+                model.base.restore()
+            self.run.start_group()
+            records: list[Record] = []
+            for batch in group:
+                records += stream.edit(batch, index, lambda: super(EditTrainer, self).fit(model, datamodule=datamodule))
+            stream.evaluate(group, records)
+        self.report = stream.close()
+        self.edit_logger.close()
+
+    # ------------------------------------------------------------------ validate, test, predict
+
+    def validate(  # type: ignore[override]
+        self, model: Editor, dataloaders: None = None, datamodule: EditDataModule | None = None
+    ) -> Record:
+        """Measure the unedited base model.
+
+        Args:
+            model: The editor that holds the base model.
+            dataloaders: Not used; the data module gives the edits.
+            datamodule: The edits.
+
+        Returns:
+            The report, as in metrics.json.
+        """
+        del dataloaders
+        self._open(model, datamodule, "validate")
+        super().validate(model, datamodule=datamodule, verbose=False)
+        return self._close("pre")
+
+    def test(  # type: ignore[override]
+        self,
+        model: Editor,
+        dataloaders: None = None,
+        datamodule: EditDataModule | None = None,
+        delta: str | None = None,
+    ) -> Record:
+        """Measure an edited model.
+
+        Args:
+            model: The editor that holds the base model.
+            dataloaders: Not used; the data module gives the edits.
+            datamodule: The edits.
+            delta: The delta file, or the run directory, of the edited model.
+
+        Returns:
+            The report, as in metrics.json.
+        """
+        del dataloaders
+        updates = self._read(model, delta)
+        self._open(model, datamodule, "test")
+        for update in updates:
+            model.base.write(update.name, update.update)
+        super().test(model, datamodule=datamodule, verbose=False)
+        return self._close("post")
+
+    def predict(  # type: ignore[override]
+        self,
+        model: Editor,
+        dataloaders: None = None,
+        datamodule: EditDataModule | None = None,
+        delta: str | None = None,
+        prompts: list[str] | None = None,
+        max_new_tokens: int = 20,
+    ) -> list[Record]:
+        """Continue prompts greedily with the unedited and with an edited model, and show the difference.
+
+        Args:
+            model: The editor that holds the base model.
+            dataloaders: Not used.
+            datamodule: Whose edit prompts are taken where none are given.
+            delta: The delta file, or the run directory, of the edited model.
+            prompts: The prompts.
+            max_new_tokens: How far they are continued.
+
+        Returns:
+            A record a prompt: ``prompt``, ``before``, ``after``; predictions.jsonl holds the same.
+        """
+        del dataloaders
+        assert datamodule is not None
+        updates = self._read(model, delta)
+        if prompts is None:
+            datamodule.setup("predict")
+            prompts = [edit.text for edit in datamodule.edits]
+        model.base.to(self.strategy.root_device)
+        model.max_new_tokens = max_new_tokens
+        loader = DataLoader(prompts, batch_size=32, collate_fn=list)  # type: ignore[arg-type,var-annotated]
+        before = super().predict(model, dataloaders=loader)
+        for update in updates:
+            model.base.write(update.name, update.update)
+        after = super().predict(model, dataloaders=loader)
+        texts = zip(prompts, itertools.chain(*before or []), itertools.chain(*after or []), strict=True)  # type: ignore[arg-type]
+        records = [{"prompt": prompt, "before": b, "after": a} for prompt, b, a in texts]
+        RunDirectory(Path(self.log_dir or ".")).write_lines("predictions.jsonl", records)
+        self.tell("on_predictions", records)
+        return records
+
+    def statistics(self, model: Editor, datamodule: EditDataModule | None = None) -> None:
+        """Collect the second moments of the keys that an editor's configuration needs; `fit` does so by itself.
+
+        Args:
+            model: The editor.
+            datamodule: Not used.
+        """
+        del datamodule
+        model.base.to(self.strategy.root_device)
+        model.statistics.second_moments(model.base, model.sites())
+
+    def _open(self, editor: Editor, datamodule: EditDataModule | None, stage: str) -> None:
+        """Take the references that specificity is measured against, on the unedited model."""
+        assert datamodule is not None
+        datamodule.setup(stage)
+        editor.base.restore()
+        self._measurement = Measurement(self, editor, datamodule)
+        self._measurement.evaluator.references(datamodule.edits)
+        self.run = self._measurement.run
+        self._metrics, self._scored = self._measurement.evaluator.new(), 0
+        self.tell("on_evaluation_start", stage, len(datamodule.edits))
+
+    def score(self, batch: Sequence[Edit]) -> None:
+        """Score one batch of `validate` or `test` on the model as it stands."""
+        self._measurement.evaluator.update(self._metrics, batch)
+        self._scored += len(batch)
+        self.tell("on_evaluation_progress", self._scored)
+
+    def _close(self, when: str) -> Record:
+        self.tell("on_evaluation_end")
+        return self._measurement.finish(self._scored, **{when: self._metrics})
+
+    def _read(self, editor: Editor, path: str | None) -> list[WeightDelta]:
+        """Updates of an edited model, checked against the base model."""
+        if path is None:
+            msg = "expected --delta, a run directory or a delta file; `kedit fit` makes one"
+            raise DeltaError(msg)
+        updates, metadata = read_deltas(Path(path))
+        delta_files.check(editor.base, updates, metadata, Path(path))
+        return updates
