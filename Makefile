@@ -14,13 +14,15 @@ DEPENDS := setup.cfg pyproject.toml $(CONSTRAINTS)
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo    edit facts in the embedded model with TOP and show what became of them'
+	@echo 'make demo    edit facts in the embedded model with ROME and TOP and show what became of them'
 	@echo 'make test    all checks: ruff, types, import contracts, fast tests'
 	@echo 'make clean   remove $(VENV) and caches; runs in lightning_logs stay'
 	@echo 'Variables: PYTHON=python3.12   VENV=.venv   CONSTRAINTS= (empty: whatever versions pip finds)'
 
 demo: $(VENV)/.installed
+	$(BIN)/kedit fit --config configs/rome_almanac.yaml
 	$(BIN)/kedit fit --config configs/top_almanac.yaml
+	$(BIN)/kedit show lightning_logs/rome_almanac lightning_logs/top_almanac
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import logging
-import signal
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kedit_lightning import delta as delta_files
 from kedit_lightning import editors
+from kedit_lightning.callbacks.console import NOISE, Console
+from kedit_lightning.callbacks.figures import Figures
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
@@ -40,13 +40,13 @@ class EditResult:
         delta: The updates in the order in which they were added to the weights; adding them to the unedited model again
             gives the edited one bit for bit.
         records: For each edit what was asked, the answer before and after, losses, and its measures before and after.
-        metrics: The summary over all edits, before (``pre``) and after (``post``).
+        report: The summary over all edits as in metrics.json: ``pre`` and ``post``, and the protocol of the numbers.
         metadata: What is saved with the delta: editor, base model, fingerprint, case ids.
     """
 
     delta: list[WeightDelta]
     records: list[Record]
-    metrics: Record
+    report: Record
     metadata: Record
 
     def save(self, path: Path | str) -> None:
@@ -88,7 +88,7 @@ def edit(
         editor: Name of an editor, such as ``ROME`` or ``TOP``, or its class.
         batch_size: Edits solved together.
         evaluate: Whether the model is measured before and after, or how.
-        show_progress: Whether the terminal shows progress.
+        show_progress: Whether the terminal shows progress; a first pass over documents for key statistics always does.
         save_dir: Where the run directory is kept; without it there is none.
         architecture: Where the sub-blocks live, for a family outside the table.
         hyperparameters: The editor's settings. ``layers`` is always needed; where keys are whitened,
@@ -106,10 +106,9 @@ def edit(
         base = LanguageModel.wrap(model, tokenizer, architecture)
         method = _make_editor(editor, base, hyperparameters)
         data = EditDataModule(edits=_as_records(edits), batch_size=batch_size)
-        kept = Path(save_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="kedit-")))
-        stack.enter_context(_interrupts_passed_on())
-        if not show_progress:
-            stack.enter_context(_quiet())
+        data.setup("fit")
+        kept = save_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="kedit-"))
+        stack.enter_context(_quiet())
         trainer = EditTrainer(
             save_dir=str(kept),
             evaluation=evaluate if isinstance(evaluate, Evaluation) else None,
@@ -117,11 +116,11 @@ def edit(
             enable_progress_bar=show_progress,
             **_placement(base.device),
         )
+        trainer.callbacks = list(_callbacks(trainer, show_progress, kept=save_dir is not None))  # type: ignore[attr-defined]
         with base.transaction():
             trainer.fit(method, datamodule=data)
             deltas, metadata = read_deltas(trainer.run.path)
-            report = json.loads((trainer.run.path / "metrics.json").read_text(encoding="utf-8"))
-            return EditResult(deltas, trainer.run.records(), report, metadata)
+            return EditResult(deltas, trainer.run.records(), trainer.report, metadata)
 
 
 def _as_records(edits: Sequence[Edit | Mapping[str, Any]]) -> list[Record]:
@@ -149,13 +148,6 @@ def _make_editor(editor: str | type[Editor], base: LanguageModel, settings: dict
     if missing:
         msg = f"{method.__name__} needs {' and '.join(missing)}, for which no value fits every model; give it to edit()"
         raise KeditError(msg)
-    whitens = "mom2_adjustment" in known and settings.get("mom2_adjustment", known["mom2_adjustment"].default)
-    if whitens and settings.get("statistics") is None:
-        msg = (
-            f"{method.__name__} whitens keys by their second moment over some text: give statistics=Statistics(…) "
-            "(kedit_lightning.models.statistics), or mom2_adjustment=False to take the identity"
-        )
-        raise KeditError(msg)
     return method(base, **settings)
 
 
@@ -170,6 +162,23 @@ def _named_editor(name: str) -> type[Editor]:
         msg = f"unknown editor {name!r}; there are {', '.join(known)}"
         raise KeditError(msg)
     return known[name]
+
+
+class _ConsoleOfNoRun(Console):
+    """The terminal of a run that leaves no directory to be pointed at."""
+
+    def _where(self, *_: object) -> None:
+        pass
+
+
+def _callbacks(trainer: EditTrainer, show_progress: bool, kept: bool) -> Iterator[Callback]:
+    """The trainer's callbacks, less what would be shown or drawn for nobody."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Console):
+            if show_progress:
+                yield callback if kept else _ConsoleOfNoRun()
+        elif kept or not isinstance(callback, Figures):
+            yield callback
 
 
 def _placement(device: torch.device) -> dict[str, Any]:
@@ -194,30 +203,16 @@ def _modes_kept(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts_passed_on() -> Iterator[None]:
-    """Lightning answers an interrupt by ignoring all later ones and leaving the process; a caller wants neither."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as leaving:
-        if isinstance(leaving.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from leaving
-        raise
-    finally:
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what Lightning says about itself."""
+    """Hold back what Lightning says to people who write training loops; only for as long as this call takes."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            for message in NOISE:
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

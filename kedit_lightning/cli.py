@@ -7,10 +7,12 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
+from docstring_parser import parse
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -156,11 +158,21 @@ def _run_trainer(args: Sequence[str]) -> None:
 
 
 def _run_function(command: str, args: Sequence[str]) -> None:
-    """Run a plain function: what it needs is positional unless keyword-only, the rest are options."""
+    """Run a plain function: parameters that may be given by position are paths, keyword-only ones are options."""
     from kedit_lightning import commands, report
 
     function: Callable[..., Any] = report.show if command == "show" else getattr(commands, command)
-    parser = _OneLineParser(prog=f"kedit {command}", description=inspect.getdoc(function))
-    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
-    parsed = parser.parse_args(list(args))
-    function(**parser.instantiate_classes(parsed).as_dict())
+    described = parse(inspect.getdoc(function) or "")
+    parser = _OneLineParser(prog=f"kedit {command}", description=described.short_description)
+    paths = {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    }
+    helps = {parameter.arg_name: parameter.description for parameter in described.params}
+    for name, parameter in paths.items():
+        many = {"nargs": "+"} if "Sequence" in str(parameter.annotation) else {}
+        parser.add_argument(name, type=Path, help=helps.get(name), **many)
+    parser.add_function_arguments(function, skip={*paths, "console"})
+    parsed = parser.instantiate(parser.parse_args(list(args)))
+    function(**{name: parsed[name] for name in (*paths, *inspect.signature(function).parameters) if name in parsed})

@@ -14,7 +14,7 @@ from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.export import refuse_occupied, write_lora, write_model
 from kedit_lightning.models import Architecture, LanguageModel
 from kedit_lightning.models.language_model import Dtype
-from kedit_lightning.run import Commit, RunDirectory, read_deltas
+from kedit_lightning.run import Commit, RunDirectory, newest, read_deltas
 
 SHOWN = 10
 """Case ids that a message lists at most."""
@@ -70,7 +70,7 @@ def revert(
     Edits made after it stay as they were solved, on a model that held it.
 
     Args:
-        run_dir: The run directory.
+        run_dir: The run directory, or the folder of its versions (the newest is taken).
         out: Folder to write; new or empty.
         edit: Case id of the edit to undo, as in edits.jsonl; default: all of them.
         model: The base model that was edited, a Hugging Face name or a path; default: where the run found it.
@@ -82,7 +82,7 @@ def revert(
             cannot be written.
     """
     refuse_occupied(out)
-    run = RunDirectory(run_dir)
+    run = RunDirectory(newest(run_dir))
     standing = run.standing()
     kept = [] if edit is None else _without(edit, run, standing)
     deltas, metadata = [delta for _, updates, _ in standing for delta in updates], standing[-1][2]
@@ -144,8 +144,7 @@ def _is_almanac(name: str) -> bool:
 
 
 def _called(base: LanguageModel) -> str:
-    name = str(base.model.config._name_or_path)
-    return "almanac" if _is_almanac(name) else name
+    return "almanac" if _is_almanac(base.name_or_path) else base.name_or_path
 
 
 def _count(edits: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,6 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.metrics import EditMetrics, Evaluator
-from kedit_lightning.run import RunDirectory
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
@@ -33,7 +31,7 @@ class Measurement:
     def __init__(self, trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -> None:
         self.trainer, self.editor, self.datamodule = trainer, editor, datamodule
         self.started = time.time()
-        self.run = RunDirectory(Path(trainer.log_dir or "."))
+        self.run = trainer.run
         editor.base.to(trainer.strategy.root_device)
         self.evaluator = Evaluator(editor.base, trainer.evaluation, datamodule.reference_texts())
 

@@ -1,4 +1,4 @@
-"""The table of results, before and after, as the terminal and `kedit show` print it."""
+"""Results as the terminal and `kedit show` print them: a table before and after, a line an edit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from kedit_lightning.delta import write_beside
 from kedit_lightning.errors import KeditError
+from kedit_lightning.run import newest
 
 Report = dict[str, Any]
 """What metrics.json holds."""
@@ -81,7 +82,7 @@ def table(reports: Sequence[tuple[str, Report]], width: int = 100) -> Table:
         found.add_column("change", justify="right")
     rows = shown([summary for _, summary in columns])
     for name in rows:
-        cells = [cell(summary.get(name), intervals) for _, summary in columns]
+        cells: list[str | Text] = [cell(summary.get(name), intervals) for _, summary in columns]
         if change:
             cells.append(_change(*(summary.get(name) for _, summary in columns)))
         found.add_row(LABELS[name], *cells)
@@ -136,11 +137,11 @@ def differences(reports: Sequence[tuple[str, Report]]) -> str:
     return "" if same_raw(reports) else "The runs are of different edits: there is no common raw model."
 
 
-def show(runs: Sequence[Path], out: Path | None = None, console: Console | None = None) -> None:
+def show(runs: Sequence[Path], *, out: Path | None = None, console: Console | None = None) -> None:
     """Print the results of runs side by side.
 
     Args:
-        runs: Run directories.
+        runs: Run directories, or folders of their versions (the newest is taken).
         out: A file that the table is written to as well.
         console: Where to print; standard output by default.
 
@@ -168,8 +169,40 @@ def show(runs: Sequence[Path], out: Path | None = None, console: Console | None 
         write_beside(out, to_file)
 
 
+def edit_line(record: Report, said: bool) -> Text:
+    """✓ or ✗, what was asked, the answers before and after, and what was wanted.
+
+    Args:
+        record: A line of edits.jsonl.
+        said: Whether the answer after is the one wanted; an edit also worked if that one is likelier than the former.
+    """
+    worked = said or record["after"].get("efficacy") == 1
+    start, _, end = record["prompt"].partition("{}")
+    return Text.assemble(
+        ("✓ ", "bold green") if worked else ("✗ ", "bold red"),
+        printable(start),
+        (printable(record["subject"]), "bold"),
+        f"{printable(end)}: ",
+        (quoted(record["answer_before"]), "dim"),
+        " → ",
+        (quoted(record["answer_after"]), "green" if said else "yellow" if worked else "red"),
+        (f", wanted {quoted(record['target_new'])}", "dim"),
+        f" (likelier now than {quoted(record['target_true'])})" if worked and not said else "",
+    )
+
+
+def quoted(text: str) -> str:
+    """A model's text in quotation marks, on one line."""
+    return f"“{printable(text).strip()}”"
+
+
+def printable(text: str) -> str:
+    """One line without control characters."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
+
+
 def _read(run: Path) -> Report:
-    path = run / "metrics.json"
+    path = newest(run) / "metrics.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

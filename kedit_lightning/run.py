@@ -161,11 +161,17 @@ class RunDirectory:
         return numbers
 
 
+def newest(path: Path) -> Path:
+    """The run in a directory: the directory itself, or for ``lightning_logs/NAME`` its newest ``version_N``."""
+    versions = [run for run in path.glob("version_*") if run.name.removeprefix("version_").isdecimal()]
+    return max(versions, key=lambda run: int(run.name.removeprefix("version_")), default=path)
+
+
 def read_deltas(path: Path) -> tuple[list[WeightDelta], Record]:
     """Updates of a delta file, or of the model that a run ends with, in the order in which they are added.
 
     Args:
-        path: A delta file or a run directory.
+        path: A delta file, a run directory, or the folder of its versions (the newest is taken).
 
     Returns:
         The updates, and their metadata with the case ids of all of them.
@@ -175,7 +181,7 @@ def read_deltas(path: Path) -> tuple[list[WeightDelta], Record]:
     """
     if not path.is_dir():
         return delta_files.load(path)
-    standing = RunDirectory(path).standing()
+    standing = RunDirectory(newest(path)).standing()
     case_ids = [case for _, _, metadata in standing for case in metadata["case_ids"]]
     return [delta for _, deltas, _ in standing for delta in deltas], {**standing[-1][2], "case_ids": case_ids}
 

@@ -25,7 +25,7 @@ def constrained(residual: Tensor, direction: Tensor, key: Tensor) -> tuple[Tenso
     """
     right = direction.double() / direction.double().norm()
     along = right @ key.double()
-    if not along.abs() > 0:
+    if not along.abs() > 1e-12 * key.double().norm():
         msg = "expected a key with a part along C⁻¹ k*, got one orthogonal to it (or zero)"
         raise ValueError(msg)
     return (residual.double() / along)[:, None], right[:, None]

@@ -12,6 +12,7 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import KeditError
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.models.fingerprint import fingerprint
 from kedit_lightning.run import read_deltas
@@ -39,7 +40,14 @@ class EditStream:
         self.run, self.evaluator = self.measurement.run, self.measurement.evaluator
 
     def open(self) -> None:
-        """Prepare the editor on the unedited model, and measure that."""
+        """Prepare the editor on the unedited model, and measure that.
+
+        Raises:
+            KeditError: The trainer has streamed before, so its run directory is taken.
+        """
+        if (self.run.path / "deltas").exists():
+            msg = f"{self.run.path} holds a run already: take another EditTrainer, which gets a directory of its own"
+            raise KeditError(msg)
         self.editor.prepare()
         self.run.write_json("contexts.json", {"templates": self.editor.templates})
         names = [self.editor.base.name(site) for site in self.editor.sites()]
@@ -129,6 +137,7 @@ class EditStream:
         return {
             "editor": type(self.editor).__name__,
             "base": self.editor.base.name_or_path,
+            "dtype": self.editor.base.dtype,
             "fingerprint": self._fingerprint,
             "case_ids": [edit.case_id for edit in batch],
             "number": self.commits,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from kedit_lightning import delta as delta_files
@@ -23,26 +24,12 @@ from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import DeltaError
+from kedit_lightning.logger import EditLogger
+from kedit_lightning.interrupts import interrupts_passed_on
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluation
 from kedit_lightning.run import RunDirectory, read_deltas
 from kedit_lightning.stream import EditStream
-
-
-class EditLogger(TensorBoardLogger):
-    """TensorBoard over the whole stream: one event file, although every pass is a fit of its own."""
-
-    def save(self) -> None:
-        """Nothing beside the events: config.yaml holds the configuration."""
-
-    def finalize(self, status: str) -> None:
-        """Flush, and leave the file open for the next fit."""
-        del status
-        self.experiment.flush()
-
-    def close(self) -> None:
-        """The stream is over."""
-        self.experiment.close()
 
 
 class EditTrainer(Trainer):
@@ -125,22 +112,21 @@ class EditTrainer(Trainer):
             datamodule: The stream.
             ckpt_path: Not used; a run is resumed from its directory.
         """
-        del train_dataloaders, val_dataloaders, ckpt_path
         assert datamodule is not None
         datamodule.setup("fit")
+        one_pass = partial(super().fit, model, datamodule=datamodule)
+        model.base.restore()
         stream = EditStream(self, model, datamodule)
-        self.run = stream.run
-        stream.open()
-        for index, group in enumerate(datamodule.groups()):
-            if index:
+        with closing(self.edit_logger), interrupts_passed_on():
+            stream.open()
+            for index, group in enumerate(datamodule.groups()):
                 model.base.restore()
-            self.run.start_group()
-            records: list[Record] = []
-            for batch in group:
-                records += stream.edit(batch, index, lambda: super(EditTrainer, self).fit(model, datamodule=datamodule))
-            stream.evaluate(group, records)
-        self.report = stream.close()
-        self.edit_logger.close()
+                self.run.start_group()
+                records: list[Record] = []
+                for batch in group:
+                    records += stream.edit(batch, index, one_pass)
+                stream.evaluate(group, records)
+            self.report = stream.close()
 
     # ------------------------------------------------------------------ validate, test, predict
 
@@ -157,7 +143,6 @@ class EditTrainer(Trainer):
         Returns:
             The report, as in metrics.json.
         """
-        del dataloaders
         self._open(model, datamodule, "validate")
         super().validate(model, datamodule=datamodule, verbose=False)
         return self._close("pre")
@@ -180,7 +165,6 @@ class EditTrainer(Trainer):
         Returns:
             The report, as in metrics.json.
         """
-        del dataloaders
         updates = self._read(model, delta)
         self._open(model, datamodule, "test")
         for update in updates:
@@ -210,7 +194,6 @@ class EditTrainer(Trainer):
         Returns:
             A record a prompt: ``prompt``, ``before``, ``after``; predictions.jsonl holds the same.
         """
-        del dataloaders
         assert datamodule is not None
         updates = self._read(model, delta)
         if prompts is None:
@@ -225,7 +208,7 @@ class EditTrainer(Trainer):
         after = super().predict(model, dataloaders=loader)
         texts = zip(prompts, itertools.chain(*before or []), itertools.chain(*after or []), strict=True)  # type: ignore[arg-type]
         records = [{"prompt": prompt, "before": b, "after": a} for prompt, b, a in texts]
-        RunDirectory(Path(self.log_dir or ".")).write_lines("predictions.jsonl", records)
+        self.run.write_lines("predictions.jsonl", records)
         self.tell("on_predictions", records)
         return records
 
@@ -236,7 +219,6 @@ class EditTrainer(Trainer):
             model: The editor.
             datamodule: Not used.
         """
-        del datamodule
         model.base.to(self.strategy.root_device)
         model.statistics.second_moments(model.base, model.sites())
 
@@ -247,7 +229,6 @@ class EditTrainer(Trainer):
         editor.base.restore()
         self._measurement = Measurement(self, editor, datamodule)
         self._measurement.evaluator.references(datamodule.edits)
-        self.run = self._measurement.run
         self._metrics, self._scored = self._measurement.evaluator.new(), 0
         self.tell("on_evaluation_start", stage, len(datamodule.edits))
 

@@ -7,23 +7,45 @@ import io
 import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import rich.console
 from lightning import LightningModule, Trainer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 from rich.text import Text
+from transformers.utils import logging as transformers_logging
 
-from kedit_lightning import report as report_tables
 from kedit_lightning.callbacks.base import EditCallback, Record
-from kedit_lightning.editors import Editor
 from kedit_lightning.metrics.generation import says
+from kedit_lightning.report import count, edit_line, printable, quoted, table
+
+if TYPE_CHECKING:
+    from kedit_lightning.editors import Editor
 
 FEW = 30
 """Up to this many edits have a line each."""
+
+NOISE = (
+    r".*does not have many workers",
+    r"The number of training batches",
+    r"Total length of `\w+` across ranks is zero",
+    r".*treespec, LeafSpec",
+    r"The `srun` command is available",
+    r"Your `IterableDataset` has `__len__`",
+)
+"""Warnings of Lightning about training loops that edit streams are not."""
 
 _PREPARING = "preparing: contexts, key statistics"
 _TITLES = {"before": "measuring before", "after": "measuring after", "validate": "measuring", "test": "measuring"}
@@ -52,7 +74,7 @@ class Console(EditCallback):
 
     # ------------------------------------------------------------------ bars
 
-    def _bar(self, trainer: Trainer, name: str, done: int, total: int | None, note: str | None = None) -> None:
+    def _bar(self, trainer: Trainer, name: str, done: int, total: int | None, note: str = "") -> None:
         """Show a bar, which is made when it is first named."""
         if not _talks(trainer) or not self.out.is_terminal or self.out.is_dumb_terminal:
             return
@@ -69,14 +91,13 @@ class Console(EditCallback):
                 refresh_per_second=4,
                 speed_estimate_period=600,
             )
-            self._tasks = {}
+            self._tasks: dict[str, TaskID] = {}
             self._progress.start()
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note="")
             if (preparing := self._tasks.get(_PREPARING)) is not None and name != _PREPARING:
                 self._progress.update(preparing, visible=False)
-        fields = {} if note is None else {"note": note}
-        self._progress.update(self._tasks[name], completed=done, total=total, **fields)
+        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
 
     def close(self) -> None:
         """Take the bars away and give the cursor back; also done when the interpreter ends, for whatever reason."""
@@ -144,7 +165,7 @@ class Console(EditCallback):
         self._evaluated += len(records)
         if _talks(trainer) and self._n <= FEW:
             for record in records:
-                self._line(_what_happened(record))
+                self._line(edit_line(record, says(record["answer_after"], record["target_new"])))
 
     def on_predictions(self, trainer: Trainer, records: Sequence[Record]) -> None:
         """The texts before and after, with what differs in colour."""
@@ -152,11 +173,11 @@ class Console(EditCallback):
         if not trainer.is_global_zero:
             return
         for record in records:
-            before, after = _printable(record["before"]), _printable(record["after"])
+            before, after = printable(record["before"]), printable(record["after"])
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
             if before != after:
                 same = before.rfind(" ", 0, same + 1) + 1  # whole words
-            self._line(Text(_printable(record["prompt"]), "bold"))
+            self._line(Text(printable(record["prompt"]), "bold"))
             self._line(Text.assemble("  before  ", before[:same], (before[same:], "red")))
             self._line(Text.assemble("  after   ", after[:same], (after[same:], "green")))
 
@@ -168,8 +189,9 @@ class Console(EditCallback):
         for line in self._warnings():
             self._line(Text.assemble(("warning: ", "bold yellow"), line))
         if "pre" in report or "post" in report:
-            self.out.print(report_tables.table([(report["editor"], report)], self.out.width))
+            self.out.print(table([(report["editor"], report)], self.out.width))
         self._where(trainer, report)
+        self._start(0)
 
     def _warnings(self) -> list[str]:
         found = []
@@ -177,13 +199,13 @@ class Console(EditCallback):
             first = self._unknown[0]
             found.append(
                 f"{len(self._unknown)} of {self._done} facts: the base model does not answer target_true (case "
-                f"{first['case_id']}: {_quoted(first['answer_before'])} instead of {_quoted(first['target_true'])})"
+                f"{first['case_id']}: {quoted(first['answer_before'])} instead of {quoted(first['target_true'])})"
             )
         if self._already:
             first = self._already[0]
             found.append(
                 f"{len(self._already)} of {self._done} facts: the base model answers target_new before the edit (case "
-                f"{first['case_id']}: {_quoted(first['target_new'])})"
+                f"{first['case_id']}: {quoted(first['target_new'])})"
             )
         return found
 
@@ -193,8 +215,8 @@ class Console(EditCallback):
         if self._done:
             protocol, delta = report["protocol"], path / "delta.safetensors"
             held = (self._done - 1) % (protocol.get("restore_every") or self._done) + 1
-            only = f" (since the last restoration of the weights: {report_tables.count(held)})"
-            run, base = shlex.quote(str(path)), shlex.quote(protocol["base"])
+            only = f" (since the last restoration of the weights: {count(held)})"
+            run, base = shlex.quote(str(path)), shlex.quote(protocol.get("base") or "MODEL")
             rows += [
                 ("edited model", f"{delta}{only if held < self._done else ''}"),
                 ("write it out", f"kedit apply {run} --model {base} --out edited-model"),
@@ -213,6 +235,10 @@ def quiet() -> None:
     """Silence what Lightning and transformers say to people who write training loops."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):  # ✓ and ± on a terminal without them are no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -221,32 +247,3 @@ def quiet() -> None:
 def _talks(trainer: Trainer) -> bool:
     """Whether this process shows progress."""
     return trainer.is_global_zero and bool(getattr(trainer, "show_progress", True))
-
-
-def _what_happened(record: Record) -> Text:
-    """✓ or ✗, what was asked, the answers before and after, and what was wanted."""
-    before, answer, target = record["answer_before"], record["answer_after"], record["target_new"]
-    said = says(answer, target)
-    worked = said or record["after"].get("efficacy") == 1
-    start, _, end = record["prompt"].partition("{}")
-    likelier = [f" (likelier now than {_quoted(record['target_true'])})"] if worked and not said else []
-    return Text.assemble(
-        ("✓ ", "bold green") if worked else ("✗ ", "bold red"),
-        _printable(start),
-        (_printable(record["subject"]), "bold"),
-        f"{_printable(end)}: ",
-        (_quoted(before), "dim"),
-        " → ",
-        (_quoted(answer), "green" if said else "yellow" if worked else "red"),
-        (f", wanted {_quoted(target)}", "dim"),
-        *likelier,
-    )
-
-
-def _quoted(text: str) -> str:
-    return f"“{_printable(text).strip()}”"
-
-
-def _printable(text: str) -> str:
-    """One line without control characters."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)

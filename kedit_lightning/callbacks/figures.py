@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BEFORE, AFTER, INK = "#b6bcc6", "#2f6db5", "#2b2f36"
 TERMS = {"loss": INK, "nll": "#2f6db5", "distance": "#2f6db5", "kl": "#d9822b", "weight_decay": "#4b9f6a"}
 OTHERS = ("#8d5bb5", "#c0504d", "#7a8699")
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -99,7 +99,7 @@ class Figures(EditCallback):
         path = trainer.run.path / f"{name}.png"  # type: ignore[attr-defined] # EditTrainer, which imports this module
         write_beside(path, lambda path: figure.savefig(path, dpi=150, format="png"))
         experiment = getattr(trainer.logger, "experiment", None)
-        if hasattr(experiment, "add_figure"):
+        if experiment is not None and hasattr(experiment, "add_figure"):
             experiment.add_figure(name, figure, report["edits"], close=False)
 
 
@@ -164,6 +164,8 @@ def loss_curves(curves: dict[tuple[int, str], Curves]) -> Figure:
 
 
 def _lines(axis: Axes, terms: dict[str, Tensor]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     others = iter(OTHERS * len(terms))
     steps = range(1, len(terms["loss"]) + 1)
     for term, values in sorted(terms.items(), key=lambda item: item[0] != "loss"):
@@ -181,7 +183,7 @@ def _lines(axis: Axes, terms: dict[str, Tensor]) -> None:
     axis.set_yscale("log")
     axis.set_ylim(bottom=max(FLOOR, axis.get_ylim()[0]))
     axis.set_xlabel("loss evaluation")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(axis="y", zorder=0)
     axis.legend(fontsize=8.5)
 
@@ -190,9 +192,9 @@ def _figure(width: float, height: float) -> Figure:
     """A figure outside pyplot's state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     FigureCanvasAgg(figure)
     return figure
 

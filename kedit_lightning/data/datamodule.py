@@ -115,10 +115,6 @@ class EditDataModule(LightningDataModule):
         """The edits in batches."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> Iterable[list[Edit]]:
-        """The edits in batches."""
-        return self.val_dataloader()
-
     def transfer_batch_to_device(self, batch: list[Edit], device: torch.device, dataloader_idx: int) -> list[Edit]:
         """Edits are text and stay where they are."""
         return batch

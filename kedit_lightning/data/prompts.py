@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kedit_lightning.edits import Edit
+from kedit_lightning.edits import SLOT, Edit
 from kedit_lightning.errors import DataError
 from kedit_lightning.models import Batch, LanguageModel, collate
 from kedit_lightning.models.generation import sample
@@ -50,7 +50,7 @@ class ContextTemplates:
             if not flat or flat[0] != "{}" or any(template.count("{}") != 1 for template in flat):
                 msg = f"context templates: expected exactly one {{}} in each and the bare '{{}}' first, got {flat}"
                 raise DataError(msg)
-            return [list(group) for group in self.templates]
+            return [list(group) for group in self.templates if group]
         if self.scheme == "memit":
             starts: list[tuple[str | None, int, int]] = [(word, 1, 10) for word in START_WORDS]
         else:
@@ -61,7 +61,7 @@ class ContextTemplates:
             for prefix in sample(base, word, n, length, seed=self.seed + i)
         ]
         contexts = [f"{prefix}. {{}}" for prefix in prefixes if self.exclude is None or self.exclude not in prefix]
-        return [["{}"], contexts] if self.scheme == "memit" else [["{}", *contexts]]
+        return [["{}"], contexts] if self.scheme == "memit" and contexts else [["{}", *contexts]]
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,9 @@ def edit_batch(
         try:
             for group in templates:
                 for template in group:
-                    text = template.replace("{}", request.prompt, 1)
-                    start = text.index("{}")
-                    prompt = text[:start] + request.subject + text[start + 2 :]
+                    start = template.index(SLOT) + request.prompt.index(SLOT)
                     span = (start, start + len(request.subject))
-                    rows.append(base.encode(prompt, request.target_new, span, separate=separate))
+                    rows.append(base.encode(request.fill(template), request.target_new, span, separate=separate))
                     edit.append(i)
                     weight.append(1 / len(group) / len(templates))
             rows.append(base.encode(ESSENCE.format(request.subject), None, (0, len(request.subject))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,91 +14,14 @@ from torch import Tensor, nn
 from kedit_lightning import objectives
 from kedit_lightning.data.prompts import ContextTemplates, EditBatch, edit_batch
 from kedit_lightning.delta import WeightDelta
+from kedit_lightning.editors.stages import Outcome, Stage, Terms, ValueDelta
 from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.generation import generate
-from kedit_lightning.models.statistics import Statistics
+from kedit_lightning.models.statistics import KeyStatistics, Statistics
 
-Terms = dict[str, Tensor]
 Preset = Literal["paper", "released"]
-
-
-class ValueDelta(nn.Module):
-    """δ, a vector an edit, added to the output of a site.
-
-    Args:
-        site: Where δ is added.
-        token: At which token of each row.
-        origin: v₀, the site's output on each edit's bare prompt, shape ``(n, d)``, float32.
-        clamp_norm_factor: After each step ‖δ‖ is at most this times ‖v₀‖.
-    """
-
-    origin: Tensor
-
-    def __init__(self, site: Site, token: Token, origin: Tensor, clamp_norm_factor: float) -> None:
-        super().__init__()
-        self.site, self.token, self.clamp_norm_factor = site, token, clamp_norm_factor
-        self.delta = nn.Parameter(torch.zeros_like(origin))
-        self.register_buffer("origin", origin, persistent=False)
-
-    @property
-    def value(self) -> Tensor:
-        """v₀ + δ, shape ``(n, d)``."""
-        return self.origin + self.delta.detach()
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Scale every δ that is too long back to ``clamp_norm_factor · ‖v₀‖``."""
-        norm = self.delta.norm(dim=1, keepdim=True)
-        longest = self.clamp_norm_factor * self.origin.norm(dim=1, keepdim=True)
-        self.delta.copy_(torch.where(norm > longest, self.delta * (longest / norm), self.delta))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One optimisation: N loss evaluations and N − 1 updates, as every released code has it.
-
-    Args:
-        name: Prefix of its curves.
-        deltas: What is optimised.
-        loss: Gives the terms whose sum is the loss, each of shape ``(n,)``.
-        steps: Loss evaluations N at most.
-        stop: From the terms, which edits are done; shape ``(n,)``. They take no further update.
-    """
-
-    name: str
-    deltas: tuple[ValueDelta, ...]
-    loss: Callable[[], Terms]
-    steps: int
-    stop: Callable[[Terms], Tensor]
-
-
-@dataclass
-class Outcome:
-    """How a stage ended, an entry an edit.
-
-    Args:
-        stage: The stage.
-        pass_: Which pass of the edit batch.
-        curves: Per loss evaluation the terms, each ``(n,)``; an edit's last entry is that of its δ.
-        steps: Loss evaluations each edit took, ``(n,)``.
-    """
-
-    stage: str
-    pass_: int
-    curves: list[Terms] = field(default_factory=list)
-    steps: Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    def final(self, i: int) -> dict[str, float]:
-        """Terms and number of loss evaluations of edit i when it stopped."""
-        last = self.curves[int(self.steps[i]) - 1]
-        return {"steps": int(self.steps[i]), **{term: float(values[i]) for term, values in last.items()}}
-
-
-def below(threshold: float) -> Callable[[Terms], Tensor]:
-    """Stopping rule: the loss, all terms and factors counted, is below a threshold."""
-    return lambda terms: torch.stack(list(terms.values())).sum(dim=0) < threshold
 
 
 class Editor(LightningModule, ABC):
@@ -142,18 +64,25 @@ class Editor(LightningModule, ABC):
         if not layers:
             msg = "expected at least one layer to edit, got none: give `layers`"
             raise KeditError(msg)
+        if mom2_adjustment and statistics is None:
+            msg = (
+                f"{type(self).__name__} whitens keys by their second moment over some text: give `statistics` a source "
+                "(almanac, a text file, a data set), or mom2_adjustment: false to do without"
+            )
+            raise KeditError(msg)
         self.layers = sorted(base.check_layer(layer) for layer in layers)
         self.v_lr, self.v_weight_decay = v_lr, v_weight_decay
         self.clamp_norm_factor, self.kl_factor = clamp_norm_factor, kl_factor
         self.mom2_adjustment = mom2_adjustment
-        self.statistics = statistics or Statistics()
+        self.statistics = statistics or Statistics("identity")
         self.context_templates = context_templates or ContextTemplates()
         self.preset = preset
         self.templates: list[list[str]] = []
         self.outcomes: list[Outcome] = []
-        self.layer = self.layers[0]
+        self.moments: dict[Site, KeyStatistics] = {}
         self.batch: EditBatch
         self.deltas: nn.ModuleList
+        self.layer: int
 
     # ------------------------------------------------------------------ what an editor says
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from kedit_lightning import solvers
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors.base import Editor, Preset, Stage, below
+from kedit_lightning.editors.base import Editor, Preset
+from kedit_lightning.editors.stages import Stage, below
 from kedit_lightning.edits import Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel

@@ -9,8 +9,9 @@ import torch
 
 from kedit_lightning import objectives
 from kedit_lightning.data.prompts import ContextTemplates
-from kedit_lightning.editors.base import Preset, Stage, Terms, below
+from kedit_lightning.editors.base import Preset
 from kedit_lightning.editors.rome import ROME
+from kedit_lightning.editors.stages import Stage, Terms, below
 from kedit_lightning.edits import Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel

@@ -84,8 +84,7 @@ class Corpus:
     def _almanac(self, n: int) -> list[str]:
         from kedit_lightning import almanac
 
-        documents: list[str] = almanac.documents(n, self.seed)
-        return documents
+        return almanac.documents(n, self.seed)
 
     def _growing_almanac(self) -> Iterator[str]:
         done, n = 0, 256

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, distributed
 
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import StatisticsError
+from kedit_lightning.interrupts import interrupts_passed_on
 from kedit_lightning.models.corpora import plan
 from kedit_lightning.models.encoding import Batch, Row, collate
 from kedit_lightning.models.language_model import LanguageModel
@@ -88,15 +88,8 @@ class KeyPass(LightningModule):
             For each site the sum of ``k kᵀ``, shape ``(k, k)``, on the CPU, and the number of keys.
         """
         trainer = _trainer(accelerator, devices)
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            with unedited(self.base), _quiet():
-                trainer.test(self, verbose=False)
-        except SystemExit as stopped:  # what Lightning makes of Ctrl-C, with later ones ignored
-            if isinstance(stopped.__context__, KeyboardInterrupt):
-                signal.signal(signal.SIGINT, handler)
-                raise KeyboardInterrupt from stopped
-            raise
+        with unedited(self.base), interrupts_passed_on(), _quiet():
+            trainer.test(self, verbose=False)
         sums = {}
         for site in list(self.moments):
             moment = self.moments.pop(site)

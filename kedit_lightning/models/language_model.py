@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -54,15 +53,17 @@ class LanguageModel:
         device_map: str | dict[str, int | str] | None = None,
         revision: str | None = None,
     ) -> None:
+        where = name
         if name == "almanac":
             from kedit_lightning import almanac
 
-            name = str(almanac.path())
+            where = str(almanac.path())
         model, tokenizer = load(
-            name, dtype, architecture, revision, attn_implementation=attn_implementation, device_map=device_map
+            where, dtype, architecture, revision, attn_implementation=attn_implementation, device_map=device_map
         )
         self._wrap(model, tokenizer, architecture)
         self._placed = device_map is not None
+        self.name_or_path = name
 
     @classmethod
     def wrap(
@@ -80,9 +81,9 @@ class LanguageModel:
         config = model.config.get_text_config()
         self.architecture = find_architecture(model.config, architecture)
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        # Families without position embeddings (BLOOM) name no limit and take no position ids.
+        self.name_or_path = str(model.config._name_or_path)
+        # Families without position embeddings (BLOOM) name no limit.
         self.max_length = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._pristine: dict[str, Tensor] = {}
         self._masters: dict[str, Tensor] = {}
         try:
@@ -106,9 +107,9 @@ class LanguageModel:
         return len(self.layers)
 
     @property
-    def name_or_path(self) -> str:
-        """What the model was loaded by."""
-        return str(self.model.config._name_or_path)
+    def dtype(self) -> str:
+        """Type of the weights, as `base.dtype` names it."""
+        return str(next(self.layers.parameters()).dtype).removeprefix("torch.")
 
     @property
     def width(self) -> int:
@@ -202,8 +203,12 @@ class LanguageModel:
     def logits(self, batch: Batch) -> Tensor:
         """Next-token logits, shape ``(b, t, vocabulary)``."""
         batch = batch.to(self.device)
-        positions = {"position_ids": batch.position_ids} if self._takes_positions else {}
-        out = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **positions)
+        out = self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
         logits: Tensor = out.logits
         return logits
 

@@ -96,7 +96,8 @@ def _load_safetensors(file: Path, name: str, model: str | None) -> Moment:
                 there = ", ".join(sorted(keys - {"count"}))
                 msg = f"{file}: expected the second moment of {name}, got those of {there[:200]}"
                 raise StatisticsError(msg)
-            return tensors.get_tensor(name), int(tensors.get_tensor("count")) if "count" in keys else None
+            mean = tensors.get_tensor(name).clone()  # a view of the file would go bad with the file
+            return mean, int(tensors.get_tensor("count")) if "count" in keys else None
         for what, got, expected in (("linear map", about["module"], name), ("model", about["model"], model)):
             if expected is not None and got != expected:
                 msg = f"{file}: the second moment is of another {what}: expected {expected}, got {got}"

@@ -1,0 +1,45 @@
+"""Fixtures over every model family; offline, one thread."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from kedit_lightning.edits import Edit
+from kedit_lightning.models import LanguageModel
+from tests.families import EDITS, FAMILIES, tiny_base
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Sums in one order, and no quarrel with other test workers over the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Every model family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def base(family: str) -> LanguageModel:
+    """A fresh tiny base model of every family in turn."""
+    return tiny_base(family)
+
+
+@pytest.fixture
+def gpt2_base() -> LanguageModel:
+    """A fresh tiny GPT-2."""
+    return tiny_base("gpt2")
+
+
+@pytest.fixture
+def edits() -> list[Edit]:
+    """Edits whose subjects stand first, in the middle and last, with targets of one to many tokens."""
+    return list(EDITS)
