@@ -25,7 +25,7 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.editors import ROME, TOP
 from kedit_lightning.metrics import Evaluation
-from kedit_lightning.models import LanguageModel
+from kedit_lightning.models import LanguageModel, Statistics
 from kedit_lightning.trainer import EditTrainer
 
 METRICS = ("efficacy", "generalization", "s_specificity", "r_specificity", "r_specificity_unchanged", "score4")
@@ -67,7 +67,7 @@ def run(base: LanguageModel, editor: type[ROME], changes: dict[str, Any], edits:
     """Means of one row in percent, before under ``pre``."""
     settings = {**shipped(f"{editor.__name__.lower()}_almanac"), **changes}
     settings["context_templates"] = ContextTemplates(**settings.pop("context_templates", {}))
-    settings.pop("statistics", None)
+    settings["statistics"] = Statistics(**settings["statistics"])
     base.restore()
     with tempfile.TemporaryDirectory() as folder:
         trainer = EditTrainer(
@@ -92,11 +92,12 @@ def main() -> None:
     parser.add_argument("--grid", choices=("shipped", "rome", "published", "coarse"), default="shipped")
     parser.add_argument("--layers", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--base", default="almanac")
     args = parser.parse_args()
     quiet()
     if args.threads:
         torch.set_num_threads(args.threads)
-    base = LanguageModel("almanac")
+    base = LanguageModel(args.base)
     head = ("editor", "settings", *METRICS, "raw s_specificity", "seconds/edit")
     sys.stdout.write("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|\n")
     for editor, changes in grid(args.grid, args.layers):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 from docstring_parser import parse
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kedit_lightning import __version__
 from kedit_lightning.callbacks.console import quiet
 from kedit_lightning.errors import KeditError
-from kedit_lightning.messages import one_line
+from kedit_lightning.messages import one_line, wrong_file
 
 TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -75,6 +78,12 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(str(known), 1)
     except torch.OutOfMemoryError as error:
         _fail(f"out of memory ({one_line(str(error))}); lower data.batch_size, or load base.dtype bfloat16", 1)
+    except KeyboardInterrupt:
+        _interrupted()
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        _interrupted()  # Lightning turns an interrupt during a fit into an exit
     except OSError as error:
         if error.errno is None:
             raise
@@ -94,6 +103,10 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _interrupted() -> NoReturn:
+    _fail("interrupted; edits that were committed are in the run directory", 130)
+
+
 def _usage() -> str:
     commands = "\n".join(f"  {name:<12}{what}" for name, what in {**TRAINER_COMMANDS, **OTHER_COMMANDS}.items())
     return f"usage: kedit COMMAND …\n\n{commands}\n\n`kedit COMMAND --help` lists a command's options.\n"
@@ -106,7 +119,26 @@ class _OneLineParser(ArgumentParser):
         """Say what is wrong in one line and leave with status 2."""
         if not self.exit_on_error:  # the parser of a nested class: let the outer one name the whole key
             super().error(message, ex)
-        _fail(one_line(message), 2)
+        _fail(one_line(message, _keys(self)), 2)
+
+
+def _keys(parser: ArgumentParser) -> Iterator[str]:
+    """The keys of a parser and of its commands' parsers."""
+    for action in parser._actions:
+        yield action.dest
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _keys(command)
+
+
+class _ConfigFile(ActionConfigFile):
+    """A configuration file, which is named if it cannot be read."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *value: Any) -> None:
+        """Read it."""
+        if wrong := wrong_file(Path(value[0])):
+            parser.error(wrong)
+        super().__call__(parser, namespace, *value)  # type: ignore[no-untyped-call]
 
 
 class _EditParser(_OneLineParser, LightningArgumentParser):
@@ -120,7 +152,9 @@ class EditCLI(LightningCLI):
         """A parser whose errors are one line."""
         kwargs.setdefault("dump_header", [f"kedit_lightning=={__version__}"])
         parser = _EditParser(**kwargs)
-        parser.add_argument("-c", "--config", action="config", help="Path of a configuration; may be given repeatedly.")
+        parser.add_argument(
+            "-c", "--config", action=_ConfigFile, help="Path of a configuration; may be given repeatedly."
+        )
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -129,6 +163,14 @@ class EditCLI(LightningCLI):
 
         parser.add_class_arguments(LanguageModel, "base")
         parser.link_arguments("base", "model.init_args.base", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer; what Lightning refuses (an accelerator that is not there) is the user's to mend."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            msg = f"trainer: {str(error).strip().splitlines()[0]}"
+            raise KeditError(msg) from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -171,8 +213,8 @@ def _run_function(command: str, args: Sequence[str]) -> None:
     }
     helps = {parameter.arg_name: parameter.description for parameter in described.params}
     for name, parameter in paths.items():
-        many = {"nargs": "+"} if "Sequence" in str(parameter.annotation) else {}
-        parser.add_argument(name, type=Path, help=helps.get(name), **many)
+        several = "+" if "Sequence" in str(parameter.annotation) else None
+        parser.add_argument(name, type=Path, help=helps.get(name), nargs=several)
     parser.add_function_arguments(function, skip={*paths, "console"})
     parsed = parser.instantiate(parser.parse_args(list(args)))
     function(**{name: parsed[name] for name in (*paths, *inspect.signature(function).parameters) if name in parsed})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import pairwise_distance
 
 
@@ -55,7 +56,7 @@ def weight_decay(delta: Tensor, origin: Tensor) -> Tensor:
     Returns:
         ``‖δ‖ / ‖v₀‖²``, shape ``(n,)``.
     """
-    return delta.norm(dim=-1) / origin.norm(dim=-1).square()
+    return vector_norm(delta, dim=-1) / vector_norm(origin, dim=-1).square()
 
 
 def distance(vectors: Tensor, targets: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class WeightUpdate(EditCallback):
         for delta in pl_module.write():
             pl_module.base.write(delta.name, delta.update)
             self.deltas.append(delta)
+        pl_module.settle()
 
     def take(self) -> list[WeightDelta]:
         """The updates added since the last call."""

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from kedit_lightning import objectives
-from kedit_lightning.data.prompts import ContextTemplates, EditBatch, edit_batch
+from kedit_lightning.data.prompts import ContextTemplates, edit_batch
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors.stages import Outcome, Stage, Terms, ValueDelta
+from kedit_lightning.editors.stages import Terms, ValueDelta
+from kedit_lightning.editors.training import StagedTraining
 from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.models.generation import generate
 from kedit_lightning.models.statistics import KeyStatistics, Statistics
 
 Preset = Literal["paper", "released"]
 
 
-class Editor(LightningModule, ABC):
+class Editor(StagedTraining):
     """A locate-then-edit editor: `locate` · `stages` · `write`.
 
     One `Trainer.fit` is one pass over one edit batch: the stages run as training of `ValueDelta`s beside a frozen base
@@ -58,9 +57,7 @@ class Editor(LightningModule, ABC):
         context_templates: ContextTemplates | None,
         preset: Preset,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.base = base
+        super().__init__(base, v_lr)
         if not layers:
             msg = "expected at least one layer to edit, got none: give `layers`"
             raise KeditError(msg)
@@ -71,17 +68,13 @@ class Editor(LightningModule, ABC):
             )
             raise KeditError(msg)
         self.layers = sorted(base.check_layer(layer) for layer in layers)
-        self.v_lr, self.v_weight_decay = v_lr, v_weight_decay
-        self.clamp_norm_factor, self.kl_factor = clamp_norm_factor, kl_factor
+        self.v_weight_decay, self.clamp_norm_factor, self.kl_factor = v_weight_decay, clamp_norm_factor, kl_factor
         self.mom2_adjustment = mom2_adjustment
         self.statistics = statistics or Statistics("identity")
         self.context_templates = context_templates or ContextTemplates()
         self.preset = preset
         self.templates: list[list[str]] = []
-        self.outcomes: list[Outcome] = []
         self.moments: dict[Site, KeyStatistics] = {}
-        self.batch: EditBatch
-        self.deltas: nn.ModuleList
         self.layer: int
 
     # ------------------------------------------------------------------ what an editor says
@@ -89,10 +82,6 @@ class Editor(LightningModule, ABC):
     @abstractmethod
     def locate(self) -> None:
         """Declare the value deltas of this pass, by `value_delta`."""
-
-    @abstractmethod
-    def stages(self) -> Iterator[Stage]:
-        """Yield the stages in order; the code between two yields runs between the stages."""
 
     @abstractmethod
     def write(self) -> Iterator[WeightDelta]:
@@ -110,6 +99,7 @@ class Editor(LightningModule, ABC):
 
     def prepare(self) -> None:
         """Once before the first edit, on the unedited model: context templates and second moments of the keys."""
+        self.evaluations = 0
         self.templates = self.context_templates(self.base)
         if self.mom2_adjustment:
             self.moments = self.statistics.second_moments(self.base, self.sites())
@@ -186,72 +176,13 @@ class Editor(LightningModule, ABC):
         rows = self.batch.rows.select(self.batch.bare)
         return self.base.keys(rows, {site: rows.at[token]})[site]
 
-    # ------------------------------------------------------------------ Lightning
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One Adam over all δs of the pass; one without gradient gets no state and does not move."""
-        return torch.optim.Adam(self.deltas.parameters(), lr=self.v_lr)
-
-    def on_train_start(self) -> None:
-        """Enter the first stage."""
-        self._stages = self.stages()
-        self._enter_next_stage()
-
-    def _enter_next_stage(self) -> None:
-        stage = next(self._stages, None)
-        if stage is None:
-            self.trainer.should_stop = True
-            return
-        self._stage = stage
-        n = len(self.batch)
-        self._running = torch.ones(n, dtype=torch.bool, device=stage.deltas[0].delta.device)
-        self.outcomes.append(Outcome(stage.name, self.pass_, steps=torch.zeros(n, dtype=torch.long)))
-
-    def training_step(self, batch: list[Edit], batch_idx: int) -> None:
-        """One loss evaluation and, unless the stage ends with it, one update of the edits that go on."""
-        stage, outcome = self._stage, self.outcomes[-1]
-        terms = stage.loss()
-        outcome.curves.append({term: values.detach().cpu() for term, values in terms.items()})
-        outcome.steps[self._running.cpu()] += 1
-        loss = torch.stack(list(terms.values())).sum(dim=0)
-        self._check_finite(loss)
-        self._log_curves(stage.name, outcome.curves[-1])
-        self._running &= ~stage.stop(terms)
-        if not self._running.any() or len(outcome.curves) == stage.steps:
-            self._enter_next_stage()
-            return
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        optimizer.zero_grad()
-        self.manual_backward(loss[self._running].sum())
-        before = [delta.delta.detach().clone() for delta in stage.deltas]
-        optimizer.step()
-        for delta, old in zip(stage.deltas, before, strict=True):
-            delta.clamp_()
-            with torch.no_grad():
-                delta.delta.copy_(torch.where(self._running[:, None], delta.delta, old))
-
-    def _check_finite(self, loss: Tensor) -> None:
-        broken = torch.nonzero(~loss.isfinite())
-        if len(broken):
-            case = self.batch.edits[int(broken[0])].case_id
-            msg = f"case {case}: the loss is {float(loss[broken[0]]):g} at step {len(self.outcomes[-1].curves)}; "
-            raise KeditError(msg + "load the model in float32 or bfloat16, or lower v_lr")
-
-    def _log_curves(self, stage: str, terms: Terms) -> None:
-        means = {f"{stage}/{term}": float(values.mean()) for term, values in terms.items()}
-        means[f"{stage}/loss"] = sum(means.values())
-        if "nll" in terms:
-            means[f"{stage}/target_probability"] = float((-terms["nll"]).exp().mean())
-        self.log_dict(means, batch_size=len(self.batch))
-
-    def validation_step(self, batch: list[Edit], batch_idx: int) -> None:  # type: ignore[override]
-        """Nothing to compute: the trainer scores the edits on the model as it stands."""
-
-    test_step = validation_step  # type: ignore[assignment]
-
-    max_new_tokens = 20
-
-    def predict_step(self, batch: list[str], batch_idx: int) -> list[str]:  # type: ignore[override]
-        """Greedy continuations of prompts by the model as it stands."""
-        return generate(self.base, batch, max_new_tokens=self.max_new_tokens, top_k=None)
+    def settle(self) -> None:
+        """After `write`: how far the edited model's values are from those that were wanted."""
+        rows = self.batch.rows.select(self.batch.bare)
+        for outcome in self.outcomes:
+            if outcome.pass_ != self.pass_:
+                continue
+            outcome.residual = torch.zeros(len(self.batch))
+            for delta in outcome.deltas:
+                found, wanted = self.base.read(rows, {delta.site: rows.at[delta.token]})[delta.site], delta.value
+                outcome.residual += ((found.to(wanted) - wanted).norm(dim=1) / wanted.norm(dim=1)).cpu()

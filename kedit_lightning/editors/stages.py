@@ -73,17 +73,26 @@ class Outcome:
         pass_: Which pass of the edit batch.
         curves: Per loss evaluation the terms, each ``(n,)``; an edit's last entry is that of its δ.
         steps: Loss evaluations each edit took, ``(n,)``.
+        deltas: What was optimised.
+        residual: Distance of the edited model's values from those wanted, relative to the latter, summed over the δs;
+            ``(n,)``.
     """
 
     stage: str
     pass_: int
+    deltas: tuple[ValueDelta, ...] = ()
     curves: list[Terms] = field(default_factory=list)
     steps: Tensor = field(default_factory=lambda: torch.zeros(0))
+    residual: Tensor | None = None
 
     def final(self, i: int) -> dict[str, float]:
-        """Terms and number of loss evaluations of edit i when it stopped."""
-        last = self.curves[int(self.steps[i]) - 1]
-        return {"steps": int(self.steps[i]), **{term: float(values[i]) for term, values in last.items()}}
+        """Terms and number of loss evaluations of edit i when it stopped, ‖δ‖/‖v₀‖, and what is left after writing."""
+        found = {term: float(values[i]) for term, values in self.curves[int(self.steps[i]) - 1].items()}
+        for delta in self.deltas:
+            found[f"delta/{delta.site.part}"] = float(delta.delta[i].norm() / delta.origin[i].norm())
+        if self.residual is not None:
+            found["residual"] = float(self.residual[i])
+        return {"steps": int(self.steps[i]), **found}
 
 
 def below(threshold: float) -> Callable[[Terms], Tensor]:

@@ -33,7 +33,8 @@ class TOP(ROME):
     Args:
         base: The frozen base model.
         layers: Layers to edit, each a full edit on the model already edited below.
-        rel_feat_layer: l_a as an offset from the edited layer; a list has an entry a layer.
+        rel_feat_layer: l_a as an offset from the edited layer; a list has an entry a layer. At an offset of 0 the
+            prompt's last token sees nothing of v, so only prompts that end in their subject can be edited.
         v_num_grad_steps1: Loss evaluations of stage 1 at most.
         v_num_grad_steps2: Loss evaluations of stage 2 at most.
         vec_loss_factor: Factor of stage 2's distance.

@@ -1,0 +1,76 @@
+"""Which of our editors stands for a recorded one: one line an editor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of ours in the words of a recording.
+
+    Args:
+        prefix: Put before the names of its tensors.
+        suffixes: Put after the names of its δs, in the stage's order.
+        bare: Whether our loss takes the bare prompt alone where the recorded code also ran the others, unused.
+    """
+
+    prefix: str = ""
+    suffixes: tuple[str, ...] = ("",)
+    bare: bool = False
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What it takes to run a recorded editor with ours and to name the results as the recording does.
+
+    Args:
+        editor: Class name in `kedit_lightning.editors`.
+        tolerance: Largest relative error allowed, as the recordings' README suggests.
+        stages: Our stages by name, in their order.
+        settings: Arguments of the editor that the recording's hyper-parameters do not hold.
+    """
+
+    editor: str
+    tolerance: float
+    stages: Mapping[str, Stage]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+EDITORS: Mapping[str, Recorded] = {
+    "ROME": Recorded("ROME", 5e-5, {"v": Stage()}),
+    "TOP": Recorded("TOP", 5e-5, {"h_r": Stage("stage1/"), "v": Stage("stage2/", bare=True)}),
+}
+"""By EDITOR of the case's file name (``PMET-both``) or, where that has no line, by the editor written in the case."""
+
+TERMS: Mapping[str, str] = {
+    "nll": "nll_loss",
+    "kl": "kl_loss",
+    "weight_decay": "weight_decay",
+    "distance": "vec_loss",
+}
+"""Terms of our losses by the recordings' names."""
+
+WITHOUT_EFFECT: Mapping[str, Any] = {
+    "alg_name": ...,
+    "attn_module_tmp": ...,
+    "context_template_length_params": ...,
+    "device": ...,
+    "fact_token": "subject_last",
+    "layer_module_tmp": ...,
+    "layer_selection": "all",
+    "lm_head_module": ...,
+    "ln_f_module": ...,
+    "mlp_module_tmp": ...,
+    "model_name": ...,
+    "mom2_dataset": ...,
+    "mom2_dtype": "float32",
+    "mom2_n_samples": ...,
+    "nll_loss_factor": 1,
+    "rewrite_module_tmp": ...,
+    "stats_dir": ...,
+    "v_loss_layer": ...,
+}
+"""Hyper-parameters of the recordings that name modules, paths or what the case brings itself; ``...`` is any value."""

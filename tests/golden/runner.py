@@ -1,0 +1,229 @@
+"""Runs a recorded case through the same machinery as a user's run: base model, editor, data module, trainer."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from kedit_lightning import editors
+from kedit_lightning.callbacks import EditCallback
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.data.prompts import ContextTemplates
+from kedit_lightning.editors import Editor, Stage
+from kedit_lightning.edits import Edit, Site
+from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.statistics import Statistics
+from kedit_lightning.trainer import EditTrainer
+from tests.golden.cases import Case
+from tests.golden.compare import labels
+from tests.golden.editors import TERMS, WITHOUT_EFFECT, Recorded
+
+PROMPTS: Mapping[str, Callable[[Edit], Sequence[str]]] = {
+    "prompt": lambda edit: [edit.text],
+    "paraphrase": lambda edit: edit.paraphrase_prompts,
+    "neighborhood": lambda edit: edit.neighborhood_prompts,
+    "relation_specificity": lambda edit: edit.relation_specific_prompts,
+}
+
+
+@dataclass
+class Run:
+    """What our run of a case gave.
+
+    Args:
+        editor: The editor; its base model is edited as it is after the last batch.
+        numbers: Tensors by the recording's names.
+        exact: Token ids, positions and counts by the recording's names.
+        unused: Hyper-parameters of the recording that nothing of ours takes.
+    """
+
+    editor: Editor
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    exact: dict[str, Any] = field(default_factory=dict)
+    unused: dict[str, Any] = field(default_factory=dict)
+
+
+def run(case: Case, dtype: Literal["float32", "bfloat16"] = "float32") -> Run:
+    """Run a case of an editor that this project has.
+
+    Args:
+        case: The case.
+        dtype: Type of the base model's weights; the recordings are float32.
+    """
+    recorded = case.recorded
+    assert recorded is not None
+    base = LanguageModel(str(case.path(f"models/{case.model}")), dtype=dtype, attn_implementation="eager")
+    editor, unused = build(case, recorded, base)
+    result = Run(editor, unused=unused)
+    size = len(case.batches[0])
+    data = EditDataModule(
+        "jsonl", edits=case.requests, batch_size=size, restore_every=None if case.meta["mode"] == "seq2" else size
+    )
+    data.setup("fit")
+    for edit in data.edits:
+        _keep_logits(result, base, edit, "logits_pre")
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        trainer = EditTrainer(
+            save_dir=folder,
+            evaluate=False,
+            accelerator="cpu",
+            callbacks=[Recorder(case, recorded, result)],
+            enable_progress_bar=False,
+        )
+        trainer.fit(editor, datamodule=data)
+    return result
+
+
+def build(case: Case, recorded: Recorded, base: LanguageModel) -> tuple[Editor, dict[str, Any]]:
+    """The editor with the case's hyper-parameters and the released preset, and the hyper-parameters left over."""
+    kind: Any = getattr(editors, recorded.editor)
+    takes = inspect.signature(kind).parameters
+    hparams: dict[str, Any] = case.meta["hparams"]
+    ours = {
+        "statistics": Statistics(source=str(case.path(f"cov_{case.model}.safetensors"))),
+        "context_templates": ContextTemplates(templates=case.templates),
+        "preset": "released",
+    }
+    given = {key: value for key, value in (ours | hparams | dict(recorded.settings)).items() if key in takes}
+    unused = {
+        key: value
+        for key, value in hparams.items()
+        if key not in takes and not (key in WITHOUT_EFFECT and WITHOUT_EFFECT[key] in (..., value))
+    }
+    return kind(base, **given), unused
+
+
+class Recorder(EditCallback):
+    """Keeps what the recordings hold, under their names."""
+
+    def __init__(self, case: Case, recorded: Recorded, result: Run) -> None:
+        self.case, self.recorded, self.result, self.number = case, recorded, result, 0
+        self.steps: dict[str, list[list[Tensor]]] = defaultdict(list)
+        self.at: dict[Site, Tensor] = {}
+        self.positions: dict[str, list[Tensor]] = {}
+        self.stages: dict[str, Stage] = {}
+        self.keys: dict[Site, Tensor] = {}
+
+    def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
+        """Listen to where the base model is told to add δs, and to the mean keys the editor takes."""
+        self.before = _parameters(editor.base)
+        add, mean_keys = editor.base.add, editor.mean_keys
+
+        def listening_add(site: Site, at: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.at[site] = at
+            return add(site, at, *args, **kwargs)
+
+        def listening_mean_keys(site: Site, *args: Any, **kwargs: Any) -> Tensor:
+            keys = mean_keys(site, *args, **kwargs)
+            self.keys.setdefault(site, keys)
+            return keys
+
+        editor.base.add = listening_add  # type: ignore[method-assign]
+        editor.mean_keys = listening_mean_keys  # type: ignore[method-assign]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The δs at which the next loss evaluation takes place."""
+        assert isinstance(pl_module, Editor)
+        self.stage = pl_module._stage
+        self.stages[self.stage.name] = self.stage
+        self.steps[self.stage.name].append([delta.delta.detach().clone() for delta in self.stage.deltas])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Where they were added."""
+        self.positions[self.stage.name] = [self.at[delta.site] for delta in self.stage.deltas]
+
+    def on_edits_committed(self, trainer: Trainer, editor: Editor, records: Sequence[Any]) -> None:
+        """An edit batch is in the weights: everything on it is known."""
+        case_ids = self.case.batches[self.number]
+        for i, edit in enumerate(editor.batch.edits):
+            assert edit.case_id == case_ids[i]
+            self._keep_edit(editor, i, f"req{edit.case_id}/")
+            _keep_logits(self.result, editor.base, edit, "logits_post")
+        where = {"single": f"req{case_ids[0]}/", "batch": "", "seq2": f"b{self.number + 1}/"}[self.case.meta["mode"]]
+        after = _parameters(editor.base)
+        for name, parameter in after.items():
+            if not torch.equal(parameter, self.before[name]):
+                self.result.numbers[f"{where}dW/{name}"] = parameter - self.before[name]
+        if self.case.meta["mode"] != "single":
+            self.before = after
+        if len(case_ids) == 1:
+            self._keep_factors(trainer, where)
+        for site, keys in self.keys.items():
+            self.result.numbers[f"{where}solve/layer{site.layer}/layer_ks"] = keys.T
+        for kept in (self.steps, self.at, self.positions, self.keys):
+            kept.clear()
+        self.number += 1
+
+    def _keep_edit(self, editor: Editor, i: int, where: str) -> None:
+        """Curves, values and tokens of one edit of the batch."""
+        numbers, exact, batch = self.result.numbers, self.result.exact, editor.batch
+        of_edit = batch.edit == i
+        rewriting = batch.rows.labels[of_edit & ~batch.essence]
+        tokens = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(batch.rows.input_ids[of_edit], batch.rows.attention_mask[of_edit], strict=True)
+        ]
+        for outcome in editor.outcomes:
+            stage = self.recorded.stages[outcome.stage]
+            prefix = where + stage.prefix
+            n = int(outcome.steps[i])
+            curves = {
+                TERMS[term]: torch.stack([step[term][i] for step in outcome.curves[:n]]) for term in outcome.curves[0]
+            }
+            curves["loss"] = torch.stack(list(curves.values())).sum(dim=0)
+            numbers |= {f"{prefix}steps/{term}": curve for term, curve in curves.items()}
+            exact[f"{prefix}n_loss_evaluations"] = n
+            rows = slice(1) if stage.bare else slice(None)
+            exact[f"{prefix}tokens"] = tokens[rows]
+            exact[f"{prefix}labels"] = [labels(row) for row in rewriting[rows]]
+            exact[f"{prefix}target_ids"] = [token for _, token in labels(rewriting[0])]
+            steps, positions = self.steps[outcome.stage], self.positions[outcome.stage]
+            for j, suffix in enumerate(stage.suffixes):
+                numbers[f"{prefix}steps/delta{suffix}"] = torch.stack([step[j][i] for step in steps[:n]])
+                at = positions[j]
+                mine = at[of_edit] if len(at) == len(of_edit) else at[i : i + 1]
+                exact[f"{prefix}lookup_idxs{suffix}"] = mine.tolist()
+            for suffix, delta in zip(stage.suffixes, self.stages[outcome.stage].deltas, strict=True):
+                numbers[f"{prefix}target_init{suffix}"] = delta.origin[i]
+                numbers[f"{prefix}delta{suffix}"] = delta.delta[i].detach()
+                numbers[f"{prefix}target{suffix}"] = delta.value[i]
+        for keys in self.keys.values():
+            numbers[f"{where}key/k_star_mean"] = keys[i]
+
+    def _keep_factors(self, trainer: Trainer, where: str) -> None:
+        """Factors of a rank-one update, from the delta file."""
+        assert isinstance(trainer, EditTrainer)
+        _, deltas, _ = trainer.run.commits()[-1]
+        if len(deltas) == 1 and deltas[0].left is not None and deltas[0].right is not None:
+            norm = deltas[0].right.norm()
+            for stage in self.recorded.stages.values():
+                self.result.numbers[f"{where}{stage.prefix}left_vector"] = deltas[0].right[:, 0] / norm
+                self.result.numbers[f"{where}{stage.prefix}right_vector"] = deltas[0].left[:, 0] * norm
+
+
+def _parameters(base: LanguageModel) -> dict[str, Tensor]:
+    """Copies of all parameters, as Hugging Face names and orients them."""
+    return {name: parameter.detach().clone() for name, parameter in base.model.named_parameters()}
+
+
+@torch.no_grad()
+def _keep_logits(result: Run, base: LanguageModel, edit: Edit, when: str) -> None:
+    """Last-token logits by plain Hugging Face calls, prompt by prompt."""
+    for name, prompts in PROMPTS.items():
+        rows = [
+            base.model(**base.tokenizer(prompt, return_tensors="pt")).logits[0, -1].float() for prompt in prompts(edit)
+        ]
+        if rows:
+            result.numbers[f"req{edit.case_id}/{when}/{name}"] = torch.stack(rows)
