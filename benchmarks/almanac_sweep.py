@@ -43,8 +43,8 @@ def grid(name: str, layers: list[int]) -> Iterator[tuple[type[ROME], dict[str, A
         yield ROME, {}
         yield TOP, {}
     elif name == "rome":
-        for layer in layers:
-            yield ROME, {"layers": [layer]}
+        for layer, lr, steps in itertools.product(layers, (0.5, 1.0), (20, 40, 60)):
+            yield ROME, {"layers": [layer], "v_lr": lr, "v_num_grad_steps": steps, "clamp_norm_factor": 4 if steps == 20 else 8}
     elif name == "published":
         for layer, offset in itertools.product(layers, (2, 3, 4)):
             yield TOP, {

@@ -6,6 +6,7 @@ import argparse
 import errno
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     command = args[0] if args else "--help"
     quiet()
+    threading.excepthook = _thread_failed
     try:
         if command in TRAINER_COMMANDS:
             _run_trainer(args)
@@ -101,6 +103,12 @@ def _cause(error: BaseException | None) -> KeditError | None:
 def _fail(message: str, status: int) -> NoReturn:
     sys.stderr.write(f"kedit: {message}\n")
     sys.exit(status)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread of its own; what it cannot write (a full disk) is raised again by its flush."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def _interrupted() -> NoReturn:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn.functional import pairwise_distance
 
 
@@ -56,7 +55,8 @@ def weight_decay(delta: Tensor, origin: Tensor) -> Tensor:
     Returns:
         ``‖δ‖ / ‖v₀‖²``, shape ``(n,)``.
     """
-    return vector_norm(delta, dim=-1) / vector_norm(origin, dim=-1).square()
+    decay: Tensor = delta.norm(dim=-1) / origin.norm(dim=-1).square()
+    return decay
 
 
 def distance(vectors: Tensor, targets: Tensor) -> Tensor:

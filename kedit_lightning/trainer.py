@@ -24,8 +24,8 @@ from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import DeltaError
-from kedit_lightning.logger import EditLogger
 from kedit_lightning.interrupts import interrupts_passed_on
+from kedit_lightning.logger import EditLogger
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluation
 from kedit_lightning.run import RunDirectory, read_deltas
@@ -206,7 +206,7 @@ class EditTrainer(Trainer):
         for update in updates:
             model.base.write(update.name, update.update)
         after = super().predict(model, dataloaders=loader)
-        texts = zip(prompts, itertools.chain(*before or []), itertools.chain(*after or []), strict=True)  # type: ignore[arg-type]
+        texts = zip(prompts, itertools.chain(*before or []), itertools.chain(*after or []), strict=True)
         records = [{"prompt": prompt, "before": b, "after": a} for prompt, b, a in texts]
         self.run.write_lines("predictions.jsonl", records)
         self.tell("on_predictions", records)

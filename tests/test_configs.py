@@ -23,7 +23,7 @@ ALL = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*
 RUNS = [name for name in ALL if not name.endswith("pretrain.yaml")]
 ALONE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
 
-# ---------------------------------------------------------------------- the table, typed from spec/editors.md, section 3
+# ---------------------------------------------------------------------- numbers, typed from spec/editors.md, section 3
 
 COMMON = {
     "v_lr": 0.5,
@@ -183,7 +183,7 @@ class Deep(World):
         build("gpt2", n_layer=48, n_embd=8, n_head=2, n_positions=64).save_pretrained(self.deep)
         tokenizer(default_tokenizer("gpt2")).save_pretrained(self.deep)
         self.few = folder / "few.txt"
-        self.few.write_text("\n".join(self.corpus.read_text().splitlines()[:4]))
+        self.few.write_text("\n".join(self.corpus.read_text().splitlines()[:30]))
         zsre = {
             "subject": "Velora Quint",
             "src": "Where was Velora Quint born?",
@@ -254,7 +254,6 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
 
 
 def test_the_pretraining_configuration_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kedit_lightning.almanac import pretrain
     from kedit_lightning.cli import main
 
     name = "configs/almanac/pretrain.yaml"
@@ -273,5 +272,6 @@ def test_the_pretraining_configuration_is_read(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(LightningArgumentParser, "parse_args", keep)
     with pytest.raises(Read):
         main(["pretrain", "--config", name])
-    assert read[0]["fit"]["model"]["width"] == load(name)["model"]["width"]
-    assert pretrain.AlmanacModel
+    found = read[0].get("fit", read[0])
+    assert found["model"]["width"] == load(name)["model"]["width"]
+    assert found["export"]["every"] == load(name)["export"]["every"]

@@ -1,4 +1,4 @@
-"""What every editor stands on: the stages of a value optimisation as ordinary Lightning training."""
+"""What every editor is made of: its settings, its edit batch, keys, values and the loss that most share."""
 
 from __future__ import annotations
 

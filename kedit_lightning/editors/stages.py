@@ -89,7 +89,7 @@ class Outcome:
         """Terms and number of loss evaluations of edit i when it stopped, ‖δ‖/‖v₀‖, and what is left after writing."""
         found = {term: float(values[i]) for term, values in self.curves[int(self.steps[i]) - 1].items()}
         for delta in self.deltas:
-            found[f"delta/{delta.site.part}"] = float(delta.delta[i].norm() / delta.origin[i].norm())
+            found[f"delta/{delta.site.part}"] = float(delta.delta[i].detach().norm() / delta.origin[i].norm())
         if self.residual is not None:
             found["residual"] = float(self.residual[i])
         return {"steps": int(self.steps[i]), **found}

@@ -99,13 +99,13 @@ class StagedTraining(LightningModule, ABC):
             logger.log_metrics(means, step=self.evaluations)
         self.evaluations += 1
 
-    def validation_step(self, batch: list[Edit], batch_idx: int) -> None:  # type: ignore[override]
+    def validation_step(self, batch: list[Edit], batch_idx: int) -> None:
         """Nothing to compute: the trainer scores the edits on the model as it stands."""
 
-    test_step = validation_step  # type: ignore[assignment]
+    test_step = validation_step
 
     max_new_tokens = 20
 
-    def predict_step(self, batch: list[str], batch_idx: int) -> list[str]:  # type: ignore[override]
+    def predict_step(self, batch: list[str], batch_idx: int) -> list[str]:
         """Greedy continuations of prompts by the model as it stands."""
         return generate(self.base, batch, max_new_tokens=self.max_new_tokens, top_k=None)
