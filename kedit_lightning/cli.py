@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import inspect
+import logging
 import sys
 import threading
 import warnings
@@ -16,12 +17,13 @@ from typing import Any, NoReturn
 import torch
 from docstring_parser import parse
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from kedit_lightning import __version__
 from kedit_lightning.callbacks.console import quiet
+from kedit_lightning.delta import write_beside
 from kedit_lightning.errors import KeditError
 from kedit_lightning.messages import one_line, wrong_file
 
@@ -57,6 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     command = args[0] if args else "--help"
     quiet()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, where there is no network
     threading.excepthook = _thread_failed
     try:
         if command in TRAINER_COMMANDS:
@@ -153,6 +156,15 @@ class _EditParser(_OneLineParser, LightningArgumentParser):
     """The same, for LightningCLI."""
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Writes config.yaml beside its place, then renames it there, as every file of a run."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it."""
+        text = self.parser.dump(self.config, skip_unset=False)
+        write_beside(Path(trainer.log_dir or ".") / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+
+
 class EditCLI(LightningCLI):
     """Blocks of a configuration: ``base`` (the model), ``model`` (the editor), ``data`` (the stream), ``trainer``."""
 
@@ -202,7 +214,8 @@ def _run_trainer(args: Sequence[str]) -> None:
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             args=list(args),
         )
 

@@ -461,6 +461,7 @@ FULL = {
     "edits.journal": "edits.journal: cannot be written (No space left on device)",
     "delta.safetensors": "delta.safetensors: cannot be written (No space left on device)",
     "metrics.json": "metrics.json: cannot be written (No space left on device)",
+    "config.yaml": "config.yaml: cannot be written (No space left on device)",
     "contexts.json": "contexts.json: cannot be written (No space left on device)",
 }
 
@@ -492,7 +493,9 @@ def test_disk_full(bad: Bad, monkeypatch: pytest.MonkeyPatch, name: str) -> None
             expected.write(delta.name, delta.update)
     assert same_bits(bits(bases[0]), bits(expected))
     assert [record["commit"] for record in run.records()] == list(range(len(commits)))
-    assert len(commits) == {"000001.safetensors": 1, "edits.jsonl": 0, "contexts.json": 0}.get(name, 4)
+    assert len(commits) == {"000001.safetensors": 1, "edits.jsonl": 0, "contexts.json": 0, "config.yaml": 0}.get(
+        name, 4
+    )
     for file in run.path.glob("*.safetensors"):
         delta_files.load(file)
 
