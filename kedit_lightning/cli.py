@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import inspect
 import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 from docstring_parser import parse
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 from lightning import LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from kedit_lightning import __version__
 from kedit_lightning.callbacks.console import quiet
 from kedit_lightning.delta import write_beside
 from kedit_lightning.errors import KeditError
-from kedit_lightning.messages import one_line, wrong_file
+from kedit_lightning.messages import one_line
+from kedit_lightning.parsing import OneLineCLI, OneLineParser, fail
 
 TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -75,14 +73,14 @@ def main(args: Sequence[str] | None = None) -> None:
         elif command == "--version":
             sys.stdout.write(f"kedit {__version__}\n")
         else:
-            _fail(f"unknown command {command!r}; there are {', '.join((*TRAINER_COMMANDS, *OTHER_COMMANDS))}", 2)
+            fail(f"unknown command {command!r}; there are {', '.join((*TRAINER_COMMANDS, *OTHER_COMMANDS))}", 2)
     except (KeditError, ValueError, TypeError) as error:
         known = _cause(error)
         if known is None:
             raise
-        _fail(str(known), 1)
+        fail(str(known), 1)
     except torch.OutOfMemoryError as error:
-        _fail(f"out of memory ({one_line(str(error))}); lower data.batch_size, or load base.dtype bfloat16", 1)
+        fail(f"out of memory ({one_line(str(error))}); lower data.batch_size, or load base.dtype bfloat16", 1)
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as end:
@@ -93,7 +91,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if error.errno is None:
             raise
         full = "; nothing half-written is left, free some space and run again" if error.errno == errno.ENOSPC else ""
-        _fail(f"{error.strerror}: {error.filename or 'a file of the run'}{full}", 1)
+        fail(f"{error.strerror}: {error.filename or 'a file of the run'}{full}", 1)
 
 
 def _cause(error: BaseException | None) -> KeditError | None:
@@ -103,11 +101,6 @@ def _cause(error: BaseException | None) -> KeditError | None:
     return error
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    sys.stderr.write(f"kedit: {message}\n")
-    sys.exit(status)
-
-
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """TensorBoard writes in a thread of its own; what it cannot write (a full disk) is raised again by its flush."""
     if not isinstance(failure.exc_value, OSError):
@@ -115,45 +108,12 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def _interrupted() -> NoReturn:
-    _fail("interrupted; edits that were committed are in the run directory", 130)
+    fail("interrupted; edits that were committed are in the run directory", 130)
 
 
 def _usage() -> str:
     commands = "\n".join(f"  {name:<12}{what}" for name, what in {**TRAINER_COMMANDS, **OTHER_COMMANDS}.items())
     return f"usage: kedit COMMAND …\n\n{commands}\n\n`kedit COMMAND --help` lists a command's options.\n"
-
-
-class _OneLineParser(ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong in one line and leave with status 2."""
-        if not self.exit_on_error:  # the parser of a nested class: let the outer one name the whole key
-            super().error(message, ex)
-        _fail(one_line(message, _keys(self)), 2)
-
-
-def _keys(parser: ArgumentParser) -> Iterator[str]:
-    """The keys of a parser and of its commands' parsers."""
-    for action in parser._actions:
-        yield action.dest
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _keys(command)
-
-
-class _ConfigFile(ActionConfigFile):
-    """A configuration file, which is named if it cannot be read."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *value: Any) -> None:
-        """Read it."""
-        if wrong := wrong_file(Path(value[0])):
-            parser.error(wrong)
-        super().__call__(parser, namespace, *value)  # type: ignore[no-untyped-call]
-
-
-class _EditParser(_OneLineParser, LightningArgumentParser):
-    """The same, for LightningCLI."""
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -165,17 +125,8 @@ class _SaveConfig(SaveConfigCallback):
         write_beside(Path(trainer.log_dir or ".") / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-class EditCLI(LightningCLI):
+class EditCLI(OneLineCLI):
     """Blocks of a configuration: ``base`` (the model), ``model`` (the editor), ``data`` (the stream), ``trainer``."""
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser whose errors are one line."""
-        kwargs.setdefault("dump_header", [f"kedit_lightning=={__version__}"])
-        parser = _EditParser(**kwargs)
-        parser.add_argument(
-            "-c", "--config", action=_ConfigFile, help="Path of a configuration; may be given repeatedly."
-        )
-        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the base model, and hand it to the editor."""
@@ -183,14 +134,6 @@ class EditCLI(LightningCLI):
 
         parser.add_class_arguments(LanguageModel, "base")
         parser.link_arguments("base", "model.init_args.base", apply_on="instantiate")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer; what Lightning refuses (an accelerator that is not there) is the user's to mend."""
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
-            msg = f"trainer: {str(error).strip().splitlines()[0]}"
-            raise KeditError(msg) from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -226,7 +169,7 @@ def _run_function(command: str, args: Sequence[str]) -> None:
 
     function: Callable[..., Any] = report.show if command == "show" else getattr(commands, command)
     described = parse(inspect.getdoc(function) or "")
-    parser = _OneLineParser(prog=f"kedit {command}", description=described.short_description)
+    parser = OneLineParser(prog=f"kedit {command}", description=described.short_description)
     paths = {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()

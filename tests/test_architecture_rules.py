@@ -138,8 +138,8 @@ IN_PLACE = re.compile(
 
 
 def test_only_the_language_model_writes_weights() -> None:
-    """The almanac trains a model of its own; `key_pass` lifts the edits for its pass and puts them back."""
-    own = {"models/language_model.py", "models/key_pass.py"}
+    """The almanac trains a model of its own."""
+    own = {"models/language_model.py"}
     found = [
         (path, number)
         for path in FILES

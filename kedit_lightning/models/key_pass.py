@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -88,7 +89,7 @@ class KeyPass(LightningModule):
             For each site the sum of ``k kᵀ``, shape ``(k, k)``, on the CPU, and the number of keys.
         """
         trainer = _trainer(accelerator, devices)
-        with unedited(self.base), interrupts_passed_on(), _quiet():
+        with self.base.unedited(), interrupts_passed_on(), _quiet():
             trainer.test(self, verbose=False)
         sums = {}
         for site in list(self.moments):
@@ -127,6 +128,7 @@ class _Progress(TQDMProgressBar):
 
 def _trainer(accelerator: str, devices: int) -> Trainer:
     rank, _ = ranks()
+    watched = rank == 0 and sys.stderr.isatty()
     with _quiet():
         return Trainer(
             accelerator=accelerator,
@@ -134,8 +136,8 @@ def _trainer(accelerator: str, devices: int) -> Trainer:
             strategy="ddp" if devices > 1 else "auto",
             # One process is one process, also inside torchrun or SLURM, whose sizes Lightning would check.
             plugins=[LightningEnvironment()] if devices == 1 else None,
-            callbacks=[_Progress()] if rank == 0 else None,
-            enable_progress_bar=rank == 0,
+            callbacks=[_Progress()] if watched else None,
+            enable_progress_bar=watched,
             enable_checkpointing=False,
             enable_model_summary=False,
             logger=False,
@@ -149,21 +151,6 @@ def ranks() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
-
-
-@contextmanager
-def unedited(base: LanguageModel) -> Iterator[None]:
-    """Give the edited matrices their pristine values inside the context."""
-    edited = {name: base.weight(name).detach().clone() for name in base._pristine}
-    try:
-        with torch.no_grad():
-            for name, pristine in base._pristine.items():
-                base.weight(name).copy_(pristine)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in edited.items():
-                base.weight(name).copy_(weight)
 
 
 @contextmanager

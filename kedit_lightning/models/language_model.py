@@ -361,6 +361,20 @@ class LanguageModel:
             self.weight(name).copy_(pristine)
 
     @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Give the edited matrices their pristine values inside the context."""
+        edited = {name: self.weight(name).detach().clone() for name in self._pristine}
+        try:
+            with torch.no_grad():
+                for name, pristine in self._pristine.items():
+                    self.weight(name).copy_(pristine)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in edited.items():
+                    self.weight(name).copy_(weight)
+
+    @contextmanager
     def transaction(self) -> Iterator[None]:
         """Keep the writes inside the context only if it ends without an exception (an interrupt counts as one)."""
         before = {name: self.weight(name).detach().clone() for name in self._pristine}

@@ -1,0 +1,78 @@
+"""Command lines and configurations whose errors are one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from kedit_lightning import __version__
+from kedit_lightning.errors import KeditError
+from kedit_lightning.messages import one_line, wrong_file
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Say why in one line, and leave."""
+    sys.stderr.write(f"kedit: {message}\n")
+    sys.exit(status)
+
+
+class OneLineParser(ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong in one line and leave with status 2."""
+        if not self.exit_on_error:  # the parser of a nested class: let the outer one name the whole key
+            super().error(message, ex)
+        fail(one_line(message, _keys(self)), 2)
+
+
+def _keys(parser: ArgumentParser) -> Iterator[str]:
+    """The keys of a parser and of its commands' parsers."""
+    for action in parser._actions:
+        yield action.dest
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _keys(command)
+
+
+class _ConfigFile(ActionConfigFile):
+    """A configuration file, which is named if it cannot be read."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *value: Any) -> None:
+        """Read it."""
+        if wrong := wrong_file(Path(value[0])):
+            parser.error(wrong)
+        super().__call__(parser, namespace, *value)  # type: ignore[no-untyped-call]
+
+
+class _EditParser(OneLineParser, LightningArgumentParser):
+    """The same, for LightningCLI."""
+
+
+class OneLineCLI(LightningCLI):
+    """LightningCLI whose errors are one line."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose errors are one line."""
+        kwargs.setdefault("dump_header", [f"kedit_lightning=={__version__}"])
+        parser = _EditParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=_ConfigFile, help="Path of a configuration; may be given repeatedly."
+        )
+        return parser
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer; what Lightning refuses (an accelerator that is not there) is the user's to mend."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            msg = f"trainer: {str(error).strip().splitlines()[0]}"
+            raise KeditError(msg) from error
