@@ -1,7 +1,7 @@
 """Single edits of the almanac under many settings of ROME and TOP: the table in kedit_lightning/almanac/README.md.
 
-    python benchmarks/almanac_sweep.py --edits 50 --grid coarse
-    python benchmarks/almanac_sweep.py --edits 200 --grid shipped
+    python benchmarks/almanac_sweep.py --edits 200 ROME TOP
+    python benchmarks/almanac_sweep.py --edits 20 "ROME: {layers: [1]}" "TOP: {layers: [1], rel_feat_layer: 5}"
 
 Every row is a run of `EditTrainer` with batch_size = restore_every = 1; statistics and templates as in the shipped
 configurations. Generation is left out. Rows are printed as they come, as a Markdown table.
@@ -10,10 +10,8 @@ configurations. Generation is left out. Rows are printed as they come, as a Mark
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +35,10 @@ def shipped(name: str) -> dict[str, Any]:
     return dict(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["model"]["init_args"])
 
 
-def grid(name: str, layers: list[int]) -> Iterator[tuple[type[ROME], dict[str, Any]]]:
-    """The settings tried: rows of (editor, settings that differ from the shipped ones)."""
-    if name == "shipped":
-        yield ROME, {}
-        yield TOP, {}
-    elif name == "rome":
-        for layer, lr, steps in itertools.product(layers, (0.5, 1.0), (20, 40, 60)):
-            yield ROME, {"layers": [layer], "v_lr": lr, "v_num_grad_steps": steps, "clamp_norm_factor": 4 if steps == 20 else 8}
-    elif name == "published":
-        for layer, offset in itertools.product(layers, (2, 3, 4)):
-            yield TOP, {
-                "layers": [layer], "rel_feat_layer": offset, "v_num_grad_steps1": 20, "v_num_grad_steps2": 20,
-                "vec_loss_factor": 0.1, "v_weight_decay": 0.5,
-            }  # fmt: skip
-    else:
-        for layer, offset, vec, steps2, decay in itertools.product(
-            layers, (1, 2, 3, 4), (0.1, 1.0), (20, 60), (0.5, 0.05)
-        ):
-            if (vec, steps2, decay) in ((0.1, 20, 0.05), (0.1, 60, 0.5), (0.1, 60, 0.05), (1.0, 20, 0.05)):
-                continue
-            yield TOP, {
-                "layers": [layer], "rel_feat_layer": offset, "vec_loss_factor": vec, "v_num_grad_steps2": steps2,
-                "v_weight_decay": decay,
-            }  # fmt: skip
+def parse(row: str) -> tuple[type[ROME], dict[str, Any]]:
+    """A row of the table from the command line: ``TOP: {layers: [2], rel_feat_layer: 4}``."""
+    ((name, changes),) = yaml.safe_load(row).items() if ":" in row else ((row, {}),)
+    return {"ROME": ROME, "TOP": TOP}[name], changes or {}
 
 
 def run(base: LanguageModel, editor: type[ROME], changes: dict[str, Any], edits: int, start: int) -> dict[str, Any]:
@@ -89,8 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=50)
     parser.add_argument("--start", type=int, default=0, help="first record, so that a sweep and its check differ")
-    parser.add_argument("--grid", choices=("shipped", "rome", "published", "coarse"), default="shipped")
-    parser.add_argument("--layers", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("rows", nargs="+", help="an editor as shipped, or with settings that differ")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--base", default="almanac")
     args = parser.parse_args()
@@ -100,7 +77,7 @@ def main() -> None:
     base = LanguageModel(args.base)
     head = ("editor", "settings", *METRICS, "raw s_specificity", "seconds/edit")
     sys.stdout.write("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|\n")
-    for editor, changes in grid(args.grid, args.layers):
+    for editor, changes in map(parse, args.rows):
         row = run(base, editor, changes, args.edits, args.start)
         what = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as shipped"
         numbers = " | ".join(f"{value:.2f}" if key.startswith("sec") else f"{value:.1f}" for key, value in row.items())
