@@ -222,7 +222,7 @@ def test_an_interrupt_is_an_interrupt(model: PreTrainedModel, words: PreTrainedT
         ("TOP needs rel_feat_layer", {"editor": "TOP", "v_num_grad_steps": None}),
         ("ROME needs layers", {"layers": None}),
         ("expected a layer between 0 and 3, got 9", {"layers": [9]}),
-        ("statistics=Statistics.*mom2_adjustment=False", {"mom2_adjustment": True}),
+        ("statistics.*mom2_adjustment: false", {"mom2_adjustment": True}),
         ("at least one edit", {"edits": []}),
         ("subject", {"edits": [{"prompt": "The mother tongue of Ann is", "subject": "Bob", "target_new": "Dutch"}]}),
         ("target_new", {"edits": [{"prompt": "{} is", "subject": "Bob"}]}),

@@ -381,8 +381,8 @@ def test_misspelt_keys(bad: Bad, tmp_path: Path, key: str, how: str) -> None:
 
 VALUES = {
     "base.dtype": ("float64", ("base.dtype", "'float32', 'bfloat16', 'float16'", "float64")),
-    "model": ("RMOE", ("model", "RMOE", "expected a class (ROME, TOP")),
-    "model.class_path": ("RMOE", ("model", "RMOE", "expected a class (ROME, TOP")),
+    "model": ("RMOE", ("model", "RMOE", "expected a class (", "ROME, TOP")),
+    "model.class_path": ("RMOE", ("model", "RMOE", "expected a class (", "ROME, TOP")),
     "model.init_args.layers": ("five", ("model.init_args.layers", "five")),
     "model.init_args.v_lr": ("fast", ("model.init_args.v_lr", "fast")),
     "model.init_args.preset": ("relased", ("model.init_args.preset", "'paper', 'released'")),

@@ -190,7 +190,7 @@ def write(folder: Path, **changes: Any) -> Path:
 
 def shown(*runs: Path, out: Path | None = None) -> str:
     console = rich.console.Console(file=io.StringIO(), record=True, width=120)
-    show(list(runs), out, console)
+    show(list(runs), out=out, console=console)
     return console.export_text()
 
 

@@ -31,7 +31,7 @@ def outcome(stage: str, pass_: int, n: int, steps: int) -> Outcome:
     curves = [
         {"nll": torch.rand(n) + 1 / (step + 1), "weight_decay": torch.full((n,), 0.1 * step)} for step in range(steps)
     ]
-    return Outcome(stage, pass_, curves, torch.full((n,), steps))
+    return Outcome(stage, pass_, curves=curves, steps=torch.full((n,), steps))
 
 
 def draw(path: Path, batches: list[list[Outcome]], report: dict[str, Any], logger: Any = None, **trainer: Any) -> None:
