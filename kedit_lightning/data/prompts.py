@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -91,6 +92,11 @@ class EditBatch:
         first = torch.ones_like(self.edit, dtype=torch.bool)
         first[1:] = self.edit[1:] != self.edit[:-1]
         return torch.nonzero(first)[:, 0]
+
+    @cached_property
+    def bare_rows(self) -> Batch:
+        """Each edit's bare prompt, n rows."""
+        return self.rows.select(self.bare)
 
     def to(self, device: torch.device | str) -> EditBatch:
         """The same batch on another device."""

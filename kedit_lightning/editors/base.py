@@ -117,7 +117,7 @@ class Editor(StagedTraining):
     def value_delta(self, site: Site, token: Token) -> ValueDelta:
         """A δ at a site and token, with v₀ read from the current model on the bare prompts."""
         self.base.check_layer(site.layer)
-        rows = self.batch.rows.select(self.batch.bare)
+        rows = self.batch.bare_rows
         origin = self.base.read(rows, {site: rows.at[token]})[site]
         delta = ValueDelta(site, token, origin, self.clamp_norm_factor)
         self.deltas.append(delta)
@@ -173,12 +173,12 @@ class Editor(StagedTraining):
 
     def bare_keys(self, site: Site, token: Token) -> Tensor:
         """Each edit's key in its bare prompt, shape ``(n, k)``."""
-        rows = self.batch.rows.select(self.batch.bare)
+        rows = self.batch.bare_rows
         return self.base.keys(rows, {site: rows.at[token]})[site]
 
     def settle(self) -> None:
         """After `write`: how far the edited model's values are from those that were wanted."""
-        rows = self.batch.rows.select(self.batch.bare)
+        rows = self.batch.bare_rows
         for outcome in self.outcomes:
             if outcome.pass_ != self.pass_:
                 continue

@@ -104,7 +104,7 @@ class TOP(ROME):
         yield Stage("v", (self.v,), self._vector_loss, self.v_num_grad_steps2, below(self.stop2))
 
     def _vector_loss(self) -> Terms:
-        rows = self.batch.rows.select(self.batch.bare)
+        rows = self.batch.bare_rows
         site, at = self.h_r.site, rows.at[self.h_r.token]
         with self.base.add(self.v.site, rows.at[self.v.token], self.v.delta), self.base.tap({site: at}) as found:
             self.base.run(rows, site.layer)
