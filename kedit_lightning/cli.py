@@ -7,7 +7,6 @@ import inspect
 import logging
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -148,19 +147,17 @@ def _run_trainer(args: Sequence[str]) -> None:
     from kedit_lightning.editors import Editor
     from kedit_lightning.trainer import EditTrainer
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        EditCLI(
-            model_class=Editor,
-            datamodule_class=EditDataModule,
-            trainer_class=EditTrainer,
-            subclass_mode_model=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            args=list(args),
-        )
+    EditCLI(
+        model_class=Editor,
+        datamodule_class=EditDataModule,
+        trainer_class=EditTrainer,
+        subclass_mode_model=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=_SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        args=list(args),
+    )
 
 
 def _run_function(command: str, args: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,6 +69,12 @@ class OneLineCLI(LightningCLI):
             "-c", "--config", action=_ConfigFile, help="Path of a configuration; may be given repeatedly."
         )
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - as in Lightning
+        """Parse; Lightning suspects arguments given by a program, which is how all of ours come."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer; what Lightning refuses (an accelerator that is not there) is the user's to mend."""

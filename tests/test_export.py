@@ -55,7 +55,7 @@ def test_a_checkpoint_has_the_dtype_of_the_base(tmp_path: Path, dtype: torch.dty
     write_model(base, deltas, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {dtype}
-    exact = base._pristine[deltas[0].name].float() + sum(delta.update for delta in deltas)
+    exact = base.pristine(deltas[0].name).float() + sum(delta.update for delta in deltas)
     torch.testing.assert_close(found[deltas[0].name], exact.to(dtype), rtol=0, atol=0)
 
 

@@ -34,7 +34,7 @@ def fingerprint(base: LanguageModel, names: Sequence[str]) -> str:
     """
     digest = _describe(base)
     for name in sorted(set(names)):
-        _add(digest, name, pristine(base, name))
+        _add(digest, name, base.pristine(name))
     return digest.hexdigest()
 
 
@@ -57,19 +57,13 @@ def fingerprint_below(base: LanguageModel, layer: int) -> str:
     for name, parameter in sorted(base.model.named_parameters()):
         if name.startswith(above):
             continue
-        value = pristine(base, name) if name.endswith(".weight") else parameter
+        value = base.pristine(name) if name.endswith(".weight") else parameter
         shape = (*value.shape, value.dtype)
         every = max(value.numel() // SAMPLE, 1)
         # Strided by rows and columns: flattening a transposed view would copy the whole matrix.
         step = [max(min(size, round(every ** (1 / value.ndim))), 1) for size in value.shape]
         _add(digest, f"{name} {shape}", value[tuple(slice(None, None, s) for s in step)])
     return digest.hexdigest()
-
-
-def pristine(base: LanguageModel, name: str) -> Tensor:
-    """The unedited value of a weight, in math orientation where it is a linear map's; shape ``(out, in)``."""
-    edited = base._pristine.get(name)
-    return base.weight(name) if edited is None else edited
 
 
 def _describe(base: LanguageModel) -> hashlib._Hash:

@@ -16,21 +16,21 @@ from kedit_lightning.errors import ModelError
 from kedit_lightning.models.architectures import Architecture
 from kedit_lightning.models.encoding import Batch, Row, encode
 from kedit_lightning.models.loading import find_architecture, load
+from kedit_lightning.models.weights import HALVES, EditableWeights, math_view
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-_HALVES = (torch.bfloat16, torch.float16)
-_FLOATS = (torch.float32, torch.float64, *_HALVES)  # 8-bit floats are quantised weights
+_FLOATS = (torch.float32, torch.float64, *HALVES)  # 8-bit floats are quantised weights
 
 
 class _Reached(Exception):
     """Raised by a hook to end a forward pass whose later layers nobody reads."""
 
 
-class LanguageModel:
+class LanguageModel(EditableWeights):
     """A frozen Hugging Face causal language model and its tokenizer.
 
     A plain object on purpose, never a registered submodule: Lightning moves, broadcasts and checkpoints what is
-    registered. Only `apply`, `restore` and `rollback` write to its weights.
+    registered. Only `write`, `restore`, `unedited` and `transaction` touch its weights.
 
     Args:
         name: A Hugging Face name or a path; ``almanac`` is the small model inside this package.
@@ -80,12 +80,11 @@ class LanguageModel:
     ) -> None:
         config = model.config.get_text_config()
         self.architecture = find_architecture(model.config, architecture)
-        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        super().__init__(model.eval().requires_grad_(False))
+        self.tokenizer = tokenizer
         self.name_or_path = str(model.config._name_or_path)
         # Families without position embeddings (BLOOM) name no limit.
         self.max_length = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
-        self._pristine: dict[str, Tensor] = {}
-        self._masters: dict[str, Tensor] = {}
         try:
             self.layers: Any = model.get_submodule(self.architecture.layers)
             model.get_submodule(self.architecture.embed)
@@ -125,7 +124,7 @@ class LanguageModel:
     def to(self, device: torch.device) -> LanguageModel:
         """Place the model, unless a ``device_map`` (or the caller) has placed it already."""
         if not self._placed:
-            self.model.to(device)
+            self.model.to(device)  # type: ignore[arg-type]
         return self
 
     def check_layer(self, layer: int) -> int:
@@ -171,21 +170,8 @@ class LanguageModel:
         return f"{self.architecture.layers}.{site.layer}.{part}.weight"
 
     def weight(self, site: Site | str) -> Tensor:
-        """View of a weight matrix in math orientation, shape ``(out, in)``.
-
-        GPT-2's ``Conv1D`` keeps its matrix as (in, out); it is told by its type, never by its shape.
-        """
-        module: Any
-        if isinstance(site, str):
-            try:
-                module = self.model.get_submodule(site.removesuffix(".weight"))
-            except AttributeError as error:
-                msg = f"expected the name of a weight matrix of this model, got {site!r}: {error}"
-                raise ModelError(msg) from error
-        else:
-            module = self.linear(site)
-        weight: Tensor = module.weight
-        return weight.T if isinstance(module, Conv1D) else weight
+        """View of a weight matrix in math orientation, shape ``(out, in)``; by its site or by its name."""
+        return super().weight(site) if isinstance(site, str) else math_view(self.linear(site))
 
     # ------------------------------------------------------------------ reading and adding
 
@@ -328,69 +314,6 @@ class LanguageModel:
             pass
         finally:
             hook.remove()
-
-    # ------------------------------------------------------------------ writing
-
-    @torch.no_grad()
-    def write(self, name: str, update: Tensor) -> None:
-        """Add an update to a weight matrix.
-
-        Args:
-            name: The weight's name among the model's parameters.
-            update: float32, math orientation, shape ``(out, in)``.
-        """
-        weight = self.weight(name)
-        if weight.shape != update.shape:
-            msg = f"expected an update of shape {tuple(weight.shape)} for {name}, got {tuple(update.shape)}"
-            raise ModelError(msg)
-        if name not in self._pristine:
-            self._pristine[name] = weight.detach().clone()
-        if weight.dtype not in _HALVES:
-            weight.add_(update.to(weight.device))
-            return
-        if name not in self._masters:
-            self._masters[name] = self._pristine[name].float()
-        master = self._masters[name]
-        weight.copy_(master.add_(update.to(master.device)))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Give every edited matrix its pristine bits back."""
-        self._masters.clear()
-        for name, pristine in self._pristine.items():
-            self.weight(name).copy_(pristine)
-
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
-        """Give the edited matrices their pristine values inside the context."""
-        edited = {name: self.weight(name).detach().clone() for name in self._pristine}
-        try:
-            with torch.no_grad():
-                for name, pristine in self._pristine.items():
-                    self.weight(name).copy_(pristine)
-            yield
-        finally:
-            with torch.no_grad():
-                for name, weight in edited.items():
-                    self.weight(name).copy_(weight)
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Keep the writes inside the context only if it ends without an exception (an interrupt counts as one)."""
-        before = {name: self.weight(name).detach().clone() for name in self._pristine}
-        masters = {name: master.clone() for name, master in self._masters.items()}
-        try:
-            yield
-        except BaseException:
-            with torch.no_grad():
-                for name, pristine in self._pristine.items():
-                    self.weight(name).copy_(before.get(name, pristine))
-            self._masters = masters
-            raise
-
-    def master(self, name: str) -> Tensor:
-        """A weight matrix in float32, with all updates so far at full precision; shape ``(out, in)``."""
-        return self._masters.get(name, self.weight(name)).float()
 
 
 def _hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:

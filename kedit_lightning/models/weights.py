@@ -1,0 +1,120 @@
+"""Weight matrices that can be edited and always be given back their pristine bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from kedit_lightning.errors import ModelError
+
+HALVES = (torch.bfloat16, torch.float16)
+"""Types of weights that keep a float32 master of each edited matrix."""
+
+
+class EditableWeights:
+    """The weight matrices of a model by name, with what they were before any edit.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._pristine: dict[str, Tensor] = {}
+        self._masters: dict[str, Tensor] = {}
+
+    def weight(self, name: str) -> Tensor:
+        """View of a weight matrix in math orientation, shape ``(out, in)``.
+
+        Raises:
+            ModelError: The model has no such matrix.
+        """
+        try:
+            return math_view(self.model.get_submodule(name.removesuffix(".weight")))
+        except AttributeError as error:
+            msg = f"expected the name of a weight matrix of this model, got {name!r}: {error}"
+            raise ModelError(msg) from error
+
+    def pristine(self, name: str) -> Tensor:
+        """A weight matrix as it was before any edit, in its own type; shape ``(out, in)``."""
+        edited = self._pristine.get(name)
+        return self.weight(name) if edited is None else edited
+
+    def master(self, name: str) -> Tensor:
+        """A weight matrix in float32, with all updates so far at full precision; shape ``(out, in)``."""
+        return self._masters.get(name, self.weight(name)).float()
+
+    @torch.no_grad()
+    def write(self, name: str, update: Tensor) -> None:
+        """Add an update to a weight matrix.
+
+        Args:
+            name: The weight's name among the model's parameters.
+            update: float32, math orientation, shape ``(out, in)``.
+
+        Raises:
+            ModelError: There is no such matrix, or it has another shape.
+        """
+        weight = self.weight(name)
+        if weight.shape != update.shape:
+            msg = f"expected an update of shape {tuple(weight.shape)} for {name}, got {tuple(update.shape)}"
+            raise ModelError(msg)
+        if name not in self._pristine:
+            self._pristine[name] = weight.detach().clone()
+        if weight.dtype not in HALVES:
+            weight.add_(update.to(weight.device))
+            return
+        self._masters[name] = self.master(name) + update.to(weight.device)
+        weight.copy_(self._masters[name])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every edited matrix its pristine bits back."""
+        self._masters.clear()
+        for name, pristine in self._pristine.items():
+            self.weight(name).copy_(pristine)
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Give the edited matrices their pristine values inside the context."""
+        put_back = self._snapshot()
+        try:
+            self.restore()
+            yield
+        finally:
+            put_back()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Keep the writes inside the context only if it ends without an exception (an interrupt counts as one)."""
+        put_back = self._snapshot()
+        try:
+            yield
+        except BaseException:
+            put_back()
+            raise
+
+    def _snapshot(self) -> Callable[[], None]:
+        """What gives all matrices the values that they have now."""
+        before = {name: self.weight(name).detach().clone() for name in self._pristine}
+        masters = dict(self._masters)
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for name, pristine in self._pristine.items():
+                self.weight(name).copy_(before.get(name, pristine))
+            self._masters = masters
+
+        return put_back
+
+
+def math_view(linear: nn.Module) -> Tensor:
+    """View of a linear map's weight as ``(out, in)``; GPT-2's ``Conv1D`` is told by its type, never by its shape."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(linear, Conv1D) else weight
