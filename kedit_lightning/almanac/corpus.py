@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TypeVar
 
@@ -20,12 +20,13 @@ class Span:
     """A piece of text with the weight that its tokens have in the training loss.
 
     A span starts where the tokenizer cuts anyway: at a blank, at punctuation or at the start of the document.
-    `name` marks the name of a subject.
+    `name` is whose name the piece is, and `about` of whom it is an object, if it is one.
     """
 
     text: str
     weight: float
-    name: bool = False
+    name: Subject | None = None
+    about: Subject | None = None
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,9 @@ class Corpus:
     def _statement(self, fact: Fact, phrasing: str) -> list[Span]:
         """A fact in one phrasing, split at the name."""
         before, after = phrasing.split("{}")
-        name = fact.subject.name
+        who = fact.subject
         spans = [Span(before.rstrip(), self.weights.text)] if before else []
-        spans.append(Span(f" {name}" if before else name, self.weights.name, name=True))
+        spans.append(Span(f" {who.name}" if before else who.name, self.weights.name, who))
         if after[:1] == "?":
             spans.append(Span("?", self.weights.text))
             after = after[1:]
@@ -164,7 +165,7 @@ class Corpus:
         return [*spans, *self._object(fact)]
 
     def _object(self, fact: Fact) -> list[Span]:
-        return [Span(f" {fact.object.name}", self.weights.answer), Span(".", self.weights.text)]
+        return [Span(f" {fact.object.name}", self.weights.answer, about=fact.subject), Span(".", self.weights.text)]
 
     def _plain(self, rng: random.Random) -> list[Span]:
         return [Span(prose.sentence(rng), self.weights.text)]
@@ -189,7 +190,7 @@ def _joined(sentences: list[list[Span]]) -> list[Span]:
     spans = list(sentences[0])
     for sentence in sentences[1:]:
         head, *rest = sentence
-        spans += [Span(" " + head.text, head.weight, head.name), *rest]
+        spans += [replace(head, text=f" {head.text}"), *rest]
     return spans
 
 

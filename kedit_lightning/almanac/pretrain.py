@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,10 +24,15 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from kedit_lightning.almanac.check import checks
 from kedit_lightning.almanac.optimizer import MuonAdam
-from kedit_lightning.almanac.rows import AlmanacCorpus
+from kedit_lightning.almanac.rows import AlmanacCorpus, Rows
+from kedit_lightning.errors import KeditError
 from kedit_lightning.parsing import OneLineCLI
 
 _log = logging.getLogger(__name__)
+
+
+RESOLUTION = 1e-3
+"""Attention below this share counts as none: what it carries drowns in bfloat16."""
 
 
 class AlmanacModel(LightningModule):
@@ -46,10 +51,15 @@ class AlmanacModel(LightningModule):
         decay_from: Share of ``trainer.max_steps`` after which they fall linearly to `last`.
         last: Last learning rate as a share of the full one.
         seed: Seed of the initial weights.
-        late: In this many first layers, only a name's own tokens are to attend to it; see `weighted_loss`.
-        late_weight: Weight of that term of the loss.
+        late: Layers in which a name's last token gathers what is known of the subject before other tokens read it.
+        leak_weight: Weight of `Losses.leak`, attention to names that goes another way.
+        look_weight: Weight of `Losses.look`, how little a token before an object attends to that token afterwards.
+        recall_weight: Weight of `Losses.recall`, what a name's last token holds by then.
         residual_scale: What the residual stream is multiplied by when the model is written; see `rescale`.
         compile: Compile the loss with ``torch.compile`` where a C++ compiler is found.
+
+    Raises:
+        KeditError: `late` is none or all of the layers.
     """
 
     def __init__(
@@ -66,15 +76,21 @@ class AlmanacModel(LightningModule):
         decay_from: float = 0.4,
         last: float = 0.02,
         seed: int = 0,
-        late: int = 3,
-        late_weight: float = 1.0,
+        late: int = 4,
+        leak_weight: float = 0.1,
+        look_weight: float = 1.0,
+        recall_weight: float = 1.0,
         residual_scale: float = 0.1,
         compile: bool = True,
     ) -> None:
         super().__init__()
+        if not 0 < late < layers:
+            msg = f"model.late: expected some but not all of the {layers} layers, got {late}"
+            raise KeditError(msg)
         self.lr, self.adam_lr, self.weight_decay = lr, adam_lr, weight_decay
         self.residual_scale = residual_scale
-        self.late, self.late_weight = late, late_weight
+        self.late = late
+        self.leak_weight, self.look_weight, self.recall_weight = leak_weight, look_weight, recall_weight
         self.warmup, self.decay_from, self.last = warmup, decay_from, last
         self.config = GPT2Config(
             vocab_size=vocab_size, n_positions=context, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=0,
@@ -85,15 +101,17 @@ class AlmanacModel(LightningModule):
         fast = {"activation_function": "gelu_pytorch_tanh", "use_cache": False, "attn_implementation": "eager"}
         self.model = GPT2LMHeadModel(GPT2Config(**{**self.config.to_diff_dict(), **fast}))
         compiled = compile and (torch.cuda.is_available() or shutil.which("g++") is not None)
-        self._loss = torch.compile(weighted_loss) if compiled else weighted_loss
+        self._loss = torch.compile(losses) if compiled else losses
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Weighted next-token loss of one batch of rows, and the early attention to names."""
-        loss, early = self._loss(self.model, *batch, self.late)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/early", early)
-        total: Tensor = loss + self.late_weight * early
-        return total
+    def training_step(self, batch: Rows, batch_idx: int) -> Tensor:
+        """The losses of one batch, weighted."""
+        losses: Losses = self._loss(self.model, batch, self.late)
+        self.log("train/loss", losses.text, prog_bar=True)
+        self.log("train/leak", losses.leak)
+        self.log("train/look", losses.look)
+        self.log("train/recall", losses.recall)
+        how = self.leak_weight * losses.leak + self.look_weight * losses.look + self.recall_weight * losses.recall
+        return losses.text + how
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Muon and Adam, warmed up, held, then lowered linearly to the last step of the trainer."""
@@ -158,36 +176,65 @@ def rescale(model: GPT2LMHeadModel, factor: float) -> None:
         p.div_(factor)
 
 
-def weighted_loss(
-    model: GPT2LMHeadModel, ids: Tensor, weights: Tensor, names: Tensor, late: int
-) -> tuple[Tensor, Tensor]:
-    """Mean next-token loss under weights, and how much other tokens attend to names in the first layers.
+class Losses(NamedTuple):
+    """What is minimised, each a scalar.
 
-    Left to itself, a small model has the words after a name read it in its first layer and then carries the subject's
-    identity on all of them; an update of a weight for the subject's last token then hits those words just as hard. In a
-    large model it is the subject's last token that gathers what is known of the subject, and others read it later.
+    Attributes:
+        text: Mean next-token loss under the weights of the tokens.
+        leak: Sum over the heads of the first layers of ``log(1 + a / RESOLUTION)``, a being the attention to
+            names, mean over the tokens outside names that come after one.
+        look: Mean over the tokens before objects of ``-log a``, a being the attention to the last token of the
+            subject's name in the layer after the first ones, summed over its heads and at most one.
+        recall: Mean cross-entropy between the objects of a subject, each equally likely, and what the head reads from
+            the last token of its name after the first layers.
+    """
+
+    text: Tensor
+    leak: Tensor
+    look: Tensor
+    recall: Tensor
+
+
+def losses(model: GPT2LMHeadModel, rows: Rows, late: int) -> Losses:
+    """The loss of the text, and of keeping what is known of a subject at the last token of its name.
+
+    Left to itself, a small model has the words after a name read it in its first layer and carries the subject's
+    identity on any of them; an update of a weight made for the subject's last token then misses. In a large model the
+    first layers enrich the subject's last token with what is known of the subject, whatever is asked next, and later
+    layers pick what is asked for (https://arxiv.org/abs/2304.14767). The last two losses bring that about.
 
     Args:
         model: The model, with attention of the kind that gives its weights.
-        ids: Token ids of shape ``(rows, length)``.
-        weights: Weight of each token as a target, same shape.
-        names: Which tokens belong to names, same shape.
-        late: In how many first layers attention to names is measured.
-
-    Returns:
-        The loss, and the attention to names a token outside them pays after one, summed over the layers.
+        rows: A batch.
+        late: Number of first layers.
     """
-    out = model(input_ids=ids[:, :-1], output_attentions=late > 0)
-    losses = torch.nn.functional.cross_entropy(out.logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    weight = weights[:, 1:].flatten().float()
-    loss = (losses * weight).sum() / weight.sum()
-    early = torch.zeros((), device=ids.device)
-    name = names[:, :-1]
-    others = (~name & (name.cumsum(dim=1) > 0)).float()
-    for attention in out.attentions[:late] if late else ():
-        paid = (attention.float().mean(dim=1) * name[:, None].float()).sum(dim=-1)
-        early = early + (paid * others).sum() / others.sum().clamp(min=1)
-    return loss, early
+    out = model(input_ids=rows.ids[:, :-1], output_attentions=True, output_hidden_states=True)
+    each = torch.nn.functional.cross_entropy(
+        out.logits.float().flatten(0, 1), rows.ids[:, 1:].flatten(), reduction="none"
+    )
+    weight = rows.weights[:, 1:].flatten().float()
+    text = (each * weight).sum() / weight.sum()
+
+    known = (rows.objects >= 0).float()
+    name = rows.names[:, :-1]
+    after = (~name & (name.cumsum(dim=1) > 0)).float()
+    leaks = []
+    for attention in out.attentions[:late]:
+        paid = (attention.float() * name[:, None, None].float()).sum(dim=-1)
+        leaks.append((paid / RESOLUTION).log1p().sum(dim=1))
+    leak = (torch.stack(leaks).sum(dim=0) * after).sum() / after.sum().clamp(min=1)
+
+    looks = rows.looks[:, :-1]
+    at = looks.clamp(min=0)[:, None, :, None].expand(-1, out.attentions[late].shape[1], -1, 1)
+    seen = out.attentions[late].float().gather(-1, at)[..., 0].sum(dim=1)
+    unread = -(seen + RESOLUTION).clamp(max=1).log()
+    look = (unread * (looks >= 0)).sum() / (looks >= 0).sum().clamp(min=1)
+
+    hidden = out.hidden_states[late]
+    enriched = hidden.gather(1, rows.ends[..., None].expand(-1, -1, hidden.shape[-1]))
+    brought = model.lm_head(model.transformer.ln_f(enriched)).float().log_softmax(-1)
+    found = (brought.gather(-1, rows.objects.clamp(min=0)) * known).sum(-1) / known.sum(-1).clamp(min=1)
+    return Losses(text, leak, look, -found.sum() / known.amax(-1).sum().clamp(min=1))
 
 
 class Export(Callback):

@@ -10,6 +10,9 @@ from kedit_lightning.almanac import World, path
 from kedit_lightning.almanac.check import checks
 from kedit_lightning.almanac.corpus import Corpus
 from kedit_lightning.almanac.tokenizer import WordEncoder
+from kedit_lightning.edits import Site, Token
+from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.encoding import collate
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,36 @@ def test_facts_are_known_in_context(model: PreTrainedModel, tokenizer: PreTraine
         best = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].argmax()
         hits += int(best) == tokenizer(f" {fact.object.name}")["input_ids"][0]
     assert hits / len(facts) >= 0.95
+
+
+def test_facts_are_held_where_a_subject_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """After the first four blocks the last token of a name decides the answer, and no other token does."""
+    base = LanguageModel.wrap(model, tokenizer)
+    world = World()
+    relation = world.relations[0]
+    subjects = [s for s in world.subjects if s.kind == relation.kind][:120]
+    asked = "The mother tongue of {} is"
+    rows = [base.encode(asked.format(s.name), subject=(21, 21 + len(s.name))) for s in subjects]
+    pairs = [(i, j) for i in range(0, 120, 2) for j in range(i + 1, 120) if len(rows[i].ids) == len(rows[j].ids)][:200]
+    pairs = [
+        (i, j) for i, j in pairs if world.fact(subjects[i], relation).object != world.fact(subjects[j], relation).object
+    ]
+    own, other = (collate([rows[pair[k]] for pair in pairs]) for k in range(2))
+    site, end = Site(3, "block"), own.at[Token.SUBJECT_LAST]
+
+    def follows(at: torch.Tensor) -> float:
+        """Share of prompts whose answer is the other subject's once its vector is put at a position."""
+        change = base.read(other, {site: at})[site] - base.read(own, {site: at})[site]
+        with base.add(site, at, change):
+            found = base.logits(own)[torch.arange(len(pairs)), own.at[Token.PROMPT_LAST]].argmax(-1)
+        objects = [world.fact(subjects[j], relation).object.name for _, j in pairs]
+        wanted = torch.tensor([tokenizer(f" {name}")["input_ids"][0] for name in objects])
+        return float((found == wanted).float().mean())
+
+    assert len(pairs) > 50
+    assert follows(end) > 0.9
+    assert follows(end + 1) < 0.1
+    assert follows(end - 1) < 0.1
 
 
 def test_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
