@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
 from kedit_lightning.metrics import Evaluation
 from kedit_lightning.models import Architecture, LanguageModel
+from kedit_lightning.models.quiet import quiet
 from kedit_lightning.run import Record, read_deltas
 from kedit_lightning.trainer import EditTrainer
 
@@ -205,15 +205,7 @@ def _modes_kept(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back what Lightning says to people who write training loops; only for as long as this call takes."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for message in NOISE:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with quiet("lightning.pytorch", "lightning.fabric"), warnings.catch_warnings():
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        yield

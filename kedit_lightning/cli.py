@@ -1,46 +1,20 @@
-"""The `kedit` command: LightningCLI for what trains, plain functions for the rest, one line for every error."""
+"""The `kedit` command: one line for every error, and for an interrupt at any time.
+
+Nothing heavy is imported here, so that help is quick and an interrupt finds `main` already running.
+"""
 
 from __future__ import annotations
 
 import errno
-import inspect
-import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NoReturn
-
-import torch
-from docstring_parser import parse
-from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from collections.abc import Sequence
+from typing import NoReturn
 
 from kedit_lightning import __version__
-from kedit_lightning.callbacks.console import quiet
-from kedit_lightning.delta import write_beside
 from kedit_lightning.errors import KeditError
-from kedit_lightning.messages import one_line
-from kedit_lightning.parsing import OneLineCLI, OneLineParser, fail
-
-TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
-    {
-        "fit": "edit a stream of facts, measured before and after",
-        "validate": "measure the unedited model",
-        "test": "measure an edited model (--delta)",
-        "predict": "continue prompts before and after the edits (--delta)",
-        "statistics": "collect the key statistics that a configuration needs",
-    }
-)
-OTHER_COMMANDS: Mapping[str, str] = MappingProxyType(
-    {
-        "apply": "write an edited model, as a Hugging Face checkpoint or a LoRA adapter",
-        "revert": "write the model without one edit, or without any",
-        "show": "print the tables of runs, side by side",
-        "pretrain": "train the almanac's model from scratch",
-    }
-)
+from kedit_lightning.messages import fail, one_line
+from kedit_lightning.usage import OTHER_COMMANDS, TRAINER_COMMANDS, usage
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -55,42 +29,40 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     command = args[0] if args else "--help"
-    quiet()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, where there is no network
     threading.excepthook = _thread_failed
     try:
-        if command in TRAINER_COMMANDS:
-            _run_trainer(args)
-        elif command == "pretrain":
-            from kedit_lightning.almanac.pretrain import main as pretrain
-
-            pretrain(args[1:])
-        elif command in OTHER_COMMANDS:
-            _run_function(command, args[1:])
-        elif command in ("-h", "--help"):
-            sys.stdout.write(_usage())
+        if command in ("-h", "--help"):
+            sys.stdout.write(usage())
         elif command == "--version":
             sys.stdout.write(f"kedit {__version__}\n")
+        elif command in TRAINER_COMMANDS or command in OTHER_COMMANDS:
+            from kedit_lightning.subcommands import run
+
+            run(command, args)
         else:
             fail(f"unknown command {command!r}; there are {', '.join((*TRAINER_COMMANDS, *OTHER_COMMANDS))}", 2)
-    except (KeditError, ValueError, TypeError) as error:
-        known = _cause(error)
-        if known is None:
-            raise
-        fail(str(known), 1)
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory ({one_line(str(error))}); lower data.batch_size, or load base.dtype bfloat16", 1)
     except KeyboardInterrupt:
-        _interrupted()
+        _interrupted(command)
     except SystemExit as end:
         if not isinstance(end.__context__, KeyboardInterrupt):
             raise
-        _interrupted()  # Lightning turns an interrupt during a fit into an exit
-    except OSError as error:
-        if error.errno is None:
+        _interrupted(command)  # Lightning turns an interrupt during a fit into an exit
+    except Exception as error:
+        if not (reason := _reason(error)):
             raise
+        fail(reason, 1)
+
+
+def _reason(error: Exception) -> str:
+    """What the user can do something about; empty for a bug."""
+    if isinstance(error, (KeditError, ValueError, TypeError)):
+        return str(_cause(error) or "")
+    if isinstance(error, OSError) and error.errno is not None:
         full = "; nothing half-written is left, free some space and run again" if error.errno == errno.ENOSPC else ""
-        fail(f"{error.strerror}: {error.filename or 'a file of the run'}{full}", 1)
+        return f"{error.strerror}: {error.filename or 'a file of the run'}{full}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded yet
+        return f"out of memory ({one_line(str(error))}); lower data.batch_size, or load base.dtype bfloat16"
+    return ""
 
 
 def _cause(error: BaseException | None) -> KeditError | None:
@@ -106,76 +78,6 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _interrupted() -> NoReturn:
-    fail("interrupted; edits that were committed are in the run directory", 130)
-
-
-def _usage() -> str:
-    commands = "\n".join(f"  {name:<12}{what}" for name, what in {**TRAINER_COMMANDS, **OTHER_COMMANDS}.items())
-    return f"usage: kedit COMMAND …\n\n{commands}\n\n`kedit COMMAND --help` lists a command's options.\n"
-
-
-class _SaveConfig(SaveConfigCallback):
-    """Writes config.yaml beside its place, then renames it there, as every file of a run."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it."""
-        text = self.parser.dump(self.config, skip_unset=False)
-        write_beside(Path(trainer.log_dir or ".") / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-class EditCLI(OneLineCLI):
-    """Blocks of a configuration: ``base`` (the model), ``model`` (the editor), ``data`` (the stream), ``trainer``."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the base model, and hand it to the editor."""
-        from kedit_lightning.models import LanguageModel
-
-        parser.add_class_arguments(LanguageModel, "base")
-        parser.link_arguments("base", "model.init_args.base", apply_on="instantiate")
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The trainer's methods that are commands, each with the parameters that are no options."""
-        hidden = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "ckpt_path"}
-        return {name: hidden for name in TRAINER_COMMANDS}
-
-
-def _run_trainer(args: Sequence[str]) -> None:
-    from kedit_lightning import editors  # noqa: F401 - lets a configuration name an editor by its bare class name
-    from kedit_lightning.data.datamodule import EditDataModule
-    from kedit_lightning.editors import Editor
-    from kedit_lightning.trainer import EditTrainer
-
-    EditCLI(
-        model_class=Editor,
-        datamodule_class=EditDataModule,
-        trainer_class=EditTrainer,
-        subclass_mode_model=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=_SaveConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        args=list(args),
-    )
-
-
-def _run_function(command: str, args: Sequence[str]) -> None:
-    """Run a plain function: parameters that may be given by position are paths, keyword-only ones are options."""
-    from kedit_lightning import commands, report
-
-    function: Callable[..., Any] = report.show if command == "show" else getattr(commands, command)
-    described = parse(inspect.getdoc(function) or "")
-    parser = OneLineParser(prog=f"kedit {command}", description=described.short_description)
-    paths = {
-        name: parameter
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-    }
-    helps = {parameter.arg_name: parameter.description for parameter in described.params}
-    for name, parameter in paths.items():
-        several = "+" if "Sequence" in str(parameter.annotation) else None
-        parser.add_argument(name, type=Path, help=helps.get(name), nargs=several)
-    parser.add_function_arguments(function, skip={*paths, "console"})
-    parsed = parser.instantiate(parser.parse_args(list(args)))
-    function(**{name: parsed[name] for name in (*paths, *inspect.signature(function).parameters) if name in parsed})
+def _interrupted(command: str) -> NoReturn:
+    kept = "; edits that were committed are in the run directory" if command == "fit" else ""
+    fail(f"interrupted{kept}", 130)

@@ -14,7 +14,8 @@ from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.export import refuse_occupied, write_lora, write_model
 from kedit_lightning.models import Architecture, LanguageModel
 from kedit_lightning.models.language_model import Dtype
-from kedit_lightning.run import Commit, RunDirectory, newest, read_deltas
+from kedit_lightning.report import count
+from kedit_lightning.run import COMMITS, Commit, RunDirectory, newest, read_deltas
 
 SHOWN = 10
 """Case ids that a message lists at most."""
@@ -49,10 +50,10 @@ def apply(
     edits = len(metadata.get("case_ids", []))
     if format == "lora":
         write_lora(base, deltas, out)
-        _say(f"{out}: LoRA adapter with {_count(edits)}, for {_called(base)}")
+        _say(f"{out}: LoRA adapter with {count(edits)}, for {_called(base)}")
     else:
         write_model(base, deltas, out)
-        _say(f"{out}: {_called(base)} with {_count(edits)}, a Hugging Face checkpoint")
+        _say(f"{out}: {_called(base)} with {count(edits)}, a Hugging Face checkpoint")
 
 
 def revert(
@@ -82,7 +83,7 @@ def revert(
             cannot be written.
     """
     refuse_occupied(out)
-    run = RunDirectory(newest(run_dir))
+    run = RunDirectory(newest(run_dir, COMMITS))
     standing = run.standing()
     kept = [] if edit is None else _without(edit, run, standing)
     deltas, metadata = [delta for _, updates, _ in standing for delta in updates], standing[-1][2]
@@ -145,10 +146,6 @@ def _is_almanac(name: str) -> bool:
 
 def _called(base: LanguageModel) -> str:
     return "almanac" if _is_almanac(base.name_or_path) else base.name_or_path
-
-
-def _count(edits: int) -> str:
-    return "1 edit" if edits == 1 else f"{edits} edits"
 
 
 def _listed(cases: Sequence[int]) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from kedit_lightning.errors import DeltaError, KeditError, ModelError
+from kedit_lightning.errors import DeltaError, ModelError
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.models.fingerprint import fingerprint
+from kedit_lightning.models.fingerprint import checksum, fingerprint
+from kedit_lightning.writing import write_beside
 
 FORMAT = "kedit-delta-1"
 
@@ -71,35 +70,6 @@ class WeightDelta:
         return self.left.shape[0], self.right.shape[0]
 
 
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place, flush it to the disk, then rename it there: it is whole or it is not there.
-
-    Args:
-        path: The place.
-        write: Called with the path to write to.
-
-    Raises:
-        KeditError: The disk is full, or the place cannot be written to.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def unwritable(path: Path, error: Exception) -> KeditError:
-    """The one line about a file or folder that could not be written; nothing is left of it."""
-    reason = getattr(error, "strerror", None) or error
-    return KeditError(f"{path}: cannot be written ({reason}); make room there, or write somewhere else")
-
-
 def save(path: Path, deltas: Sequence[WeightDelta], metadata: dict[str, Any]) -> None:
     """Save updates in the order in which they are added.
 
@@ -117,7 +87,7 @@ def save(path: Path, deltas: Sequence[WeightDelta], metadata: dict[str, Any]) ->
         for i, delta in enumerate(deltas)
         for kind, tensor in delta.tensors.items()
     }
-    header = {"format": FORMAT, "metadata": json.dumps(metadata), "sha256": _checksum(tensors)}
+    header = {"format": FORMAT, "metadata": json.dumps(metadata), "sha256": checksum(tensors)}
     write_beside(path, lambda beside: beside.write_bytes(to_bytes(tensors, header)))
 
 
@@ -134,7 +104,7 @@ def load(path: Path) -> tuple[list[WeightDelta], dict[str, Any]]:
         DeltaError: The file is missing, corrupt, truncated or of another kind.
     """
     header, tensors = _read(path, with_tensors=True)
-    if _checksum(tensors) != header["sha256"]:
+    if checksum(tensors) != header["sha256"]:
         raise _corrupt(path, "the checksum does not fit")
     found: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
@@ -172,14 +142,6 @@ def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
 
 def _corrupt(path: Path, reason: object) -> DeltaError:
     return DeltaError(f"{path}: the delta file is corrupt or truncated ({reason}); take another copy, or edit again")
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(f"{key} {tuple(tensors[key].shape)}".encode())
-        digest.update(tensors[key].numpy().data.cast("B"))
-    return digest.hexdigest()
 
 
 def merge(deltas: Iterable[WeightDelta]) -> list[WeightDelta]:

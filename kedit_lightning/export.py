@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from kedit_lightning.delta import WeightDelta, merge, unwritable
+from kedit_lightning.delta import WeightDelta, merge
 from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.writing import unwritable
 
 
 def write_model(base: LanguageModel, deltas: Sequence[WeightDelta], out: Path) -> None:
@@ -138,7 +139,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         beside.mkdir(parents=True)
         yield beside
         mode = beside.stat().st_mode & 0o666  # safetensors leaves its files readable by their owner alone
-        for path in beside.iterdir():
+        for path in filter(Path.is_file, beside.rglob("*")):
             path.chmod(mode)
             with path.open("rb") as file:
                 os.fsync(file.fileno())

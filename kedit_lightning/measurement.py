@@ -35,26 +35,27 @@ class Measurement:
         editor.base.to(trainer.strategy.root_device)
         self.evaluator = Evaluator(editor.base, trainer.evaluation, datamodule.reference_texts())
 
-    def score(self, title: str, batches: Sequence[Sequence[Edit]], metrics: EditMetrics) -> list[Record]:
+    def score(self, title: str, groups: Sequence[Sequence[Edit]], metrics: EditMetrics) -> list[Record]:
         """Add edits to metrics; their values, a record an edit.
 
         Args:
             title: What the progress bar says.
-            batches: Edits solved together. Relations edited together with a prompt's subject do not count as unrelated,
-                so batches are kept apart, unless no subject comes twice: then all are scored at once, which is faster.
+            groups: Edits that the model holds together. Relations edited together with a prompt's subject do not count
+                as unrelated, so groups are kept apart, unless no subject comes twice: then all are scored at once,
+                which is faster.
             metrics: What they are added to.
         """
-        edits = [edit for batch in batches for edit in batch]
+        edits = [edit for group in groups for edit in group]
         if len({edit.subject for edit in edits}) == len(edits):
-            batches = [edits]
+            groups = [edits]
         self.trainer.tell("on_evaluation_start", title, len(edits))
         records: list[Record] = []
 
         def progress(done: int) -> None:
             self.trainer.tell("on_evaluation_progress", len(records) + done)
 
-        for batch in batches:
-            records += self.evaluator.update(metrics, batch, progress)
+        for group in groups:
+            records += self.evaluator.update(metrics, group, progress)
         self.trainer.tell("on_evaluation_end")
         return records
 
@@ -85,9 +86,7 @@ class Measurement:
         """What the numbers depend on."""
         return {
             **self.evaluator.protocol,
-            "batch_size": self.datamodule.batch_size,
-            "restore_every": self.datamodule.restore_every,
-            "dataset": self.datamodule.dataset,
+            **self.datamodule.protocol,
             "base": self.editor.base.name_or_path,
             "torch": torch.__version__,
         }

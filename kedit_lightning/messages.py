@@ -7,14 +7,22 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
 LONGEST = 60
 """Characters of a wrong value that are shown."""
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Say why in one line, and leave."""
+    sys.stderr.write(f"kedit: {message}\n")
+    sys.exit(status)
 
 
 def one_line(message: str, keys: Iterable[str] = ()) -> str:
@@ -67,6 +75,7 @@ def _nested(message: str) -> str:
     got: str | None = None
     wanted: type | None = None
     given: type | None = None
+    depth = -1
     bad_class = beside_class = False
     for text in message.splitlines():
         line = text.strip().removeprefix("- ").strip()
@@ -85,7 +94,11 @@ def _nested(message: str) -> str:
         elif found := re.match(r"Given value: (?:NestedArg\(.*\bval=)?(.*?)\)?$", line):
             got = got if got is not None else found[1].strip("'")
         elif found := re.match(r"Expected an? (?!dot import|path but)(.+?)(?:\. Got value: (.*))?$", line):
-            expected += [] if "NoneType" in found[1] else [_type(found[1])]
+            inner, depth = depth, len(text) - len(text.lstrip())
+            if "NoneType" not in found[1]:
+                expected.append(_type(found[1]))
+            elif depth == inner:  # beside the last type, not one of the blocks around it
+                expected.append("null")
             got = found[2] if found[2] is not None and got is None else got
         elif line.startswith("Not a valid subclass"):
             beside_class = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +16,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kedit_lightning import __version__
 from kedit_lightning.errors import KeditError
-from kedit_lightning.messages import one_line, wrong_file
-
-
-def fail(message: str, status: int) -> NoReturn:
-    """Say why in one line, and leave."""
-    sys.stderr.write(f"kedit: {message}\n")
-    sys.exit(status)
+from kedit_lightning.messages import fail, one_line, wrong_file
 
 
 class OneLineParser(ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and which takes no abbreviated keys."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as in jsonargparse
+        """Parse; to the parser of a nested class jsonargparse (4.53) hands a null as the text ``None``."""
+        if args is not None and not self.exit_on_error:
+            args = [re.sub(r"=None$", "=null", arg) for arg in args]
+        return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong in one line and leave with status 2."""

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kedit_lightning.delta import write_beside
 from kedit_lightning.errors import KeditError
 from kedit_lightning.run import newest
+from kedit_lightning.writing import write_beside
 
 Report = dict[str, Any]
 """What metrics.json holds."""
@@ -202,7 +202,7 @@ def printable(text: str) -> str:
 
 
 def _read(run: Path) -> Report:
-    path = newest(run) / "metrics.json"
+    path = newest(run, "metrics.json") / "metrics.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

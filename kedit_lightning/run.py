@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from kedit_lightning import delta as delta_files
-from kedit_lightning.delta import WeightDelta, unwritable, write_beside
-from kedit_lightning.errors import DeltaError
+from kedit_lightning.delta import WeightDelta
+from kedit_lightning.errors import DeltaError, KeditError
+from kedit_lightning.writing import unwritable, write_beside
 
 Record = dict[str, Any]
 Commit = tuple[int, list[WeightDelta], Record]
+COMMITS = "deltas/[0-9]*.safetensors"
+"""Where the commits of a run lie in its directory."""
 
 
 class RunDirectory:
@@ -36,6 +40,30 @@ class RunDirectory:
         self._size: int | None = None
 
     # ------------------------------------------------------------------ writing
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Take the directory for one stream of edits; if the preparations inside the context fail, nothing is left.
+
+        Raises:
+            KeditError: The directory holds a run, or cannot be made.
+        """
+        deltas = self.path / "deltas"
+        try:
+            deltas.mkdir(parents=True)
+        except FileExistsError as error:
+            msg = f"{self.path} holds a run already: take another EditTrainer, which gets a directory of its own"
+            raise KeditError(msg) from error
+        except OSError as error:
+            raise unwritable(deltas, error) from error
+        try:
+            yield
+        except BaseException:
+            (self.path / "contexts.json").unlink(missing_ok=True)
+            for folder in (deltas, self.path):
+                with suppress(OSError):  # TensorBoard has begun its file
+                    folder.rmdir()
+            raise
 
     def start_group(self) -> None:
         """Remember where the lines of the edits since the last restoration begin."""
@@ -153,7 +181,7 @@ class RunDirectory:
         return (number, *delta_files.load(self._file(number)))
 
     def _numbers(self) -> list[int]:
-        files = (self.path / "deltas").glob("[0-9]*.safetensors")
+        files = self.path.glob(COMMITS)
         numbers = sorted(int(file.stem) for file in files if file.stem.isdecimal())
         if not numbers:
             msg = f"{self.path}: expected a run directory with deltas/000000.safetensors …, found none"
@@ -161,9 +189,16 @@ class RunDirectory:
         return numbers
 
 
-def newest(path: Path) -> Path:
-    """The run in a directory: the directory itself, or for ``lightning_logs/NAME`` its newest ``version_N``."""
+def newest(path: Path, holding: str) -> Path:
+    """The run in a directory: the directory itself, or for ``lightning_logs/NAME`` its newest ``version_N``.
+
+    Args:
+        path: The directory.
+        holding: What the run is needed for, ``metrics.json`` or a commit; versions without it (a failed fit, a
+            prediction) are passed over.
+    """
     versions = [run for run in path.glob("version_*") if run.name.removeprefix("version_").isdecimal()]
+    versions = [run for run in versions if any(run.glob(holding))] or versions
     return max(versions, key=lambda run: int(run.name.removeprefix("version_")), default=path)
 
 
@@ -181,7 +216,7 @@ def read_deltas(path: Path) -> tuple[list[WeightDelta], Record]:
     """
     if not path.is_dir():
         return delta_files.load(path)
-    standing = RunDirectory(newest(path)).standing()
+    standing = RunDirectory(newest(path, COMMITS)).standing()
     case_ids = [case for _, _, metadata in standing for case in metadata["case_ids"]]
     return [delta for _, deltas, _ in standing for delta in deltas], {**standing[-1][2], "case_ids": case_ids}
 

@@ -23,9 +23,15 @@ def constrained(residual: Tensor, direction: Tensor, key: Tensor) -> tuple[Tenso
     Raises:
         ValueError: The direction is orthogonal to the key, so no such update exists.
     """
-    right = direction.double() / direction.double().norm()
-    along = right @ key.double()
-    if not along.abs() > 1e-12 * key.double().norm():
+    residual, direction, key = double(residual), double(direction), double(key)
+    right = direction / direction.norm()
+    along = right @ key
+    if not along.abs() > 1e-12 * key.norm():
         msg = "expected a key with a part along C⁻¹ k*, got one orthogonal to it (or zero)"
         raise ValueError(msg)
-    return (residual.double() / along)[:, None], right[:, None]
+    return (residual / along)[:, None], right[:, None]
+
+
+def double(tensor: Tensor) -> Tensor:
+    """A tensor in float64; on the CPU where its own device has no such type (Apple's MPS)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

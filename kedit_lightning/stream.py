@@ -12,7 +12,6 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
-from kedit_lightning.errors import KeditError
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.models.fingerprint import fingerprint
 from kedit_lightning.run import read_deltas
@@ -43,11 +42,12 @@ class EditStream:
         """Prepare the editor on the unedited model, and measure that.
 
         Raises:
-            KeditError: The trainer has streamed before, so its run directory is taken.
+            KeditError: The run directory is taken, or something cannot be measured; nothing is left then.
         """
-        if (self.run.path / "deltas").exists():
-            msg = f"{self.run.path} holds a run already: take another EditTrainer, which gets a directory of its own"
-            raise KeditError(msg)
+        with self.run.opened():
+            self._prepare()
+
+    def _prepare(self) -> None:
         self.editor.prepare()
         self.run.write_json("contexts.json", {"templates": self.editor.templates})
         names = [self.editor.base.name(site) for site in self.editor.sites()]
@@ -57,8 +57,8 @@ class EditStream:
         self.before: list[Record] = [{} for _ in self.edits]
         if self.trainer.evaluate:
             self.evaluator.references(self.edits)
-            batches = [batch for group in self.datamodule.groups() for batch in group]
-            self.before = self.measurement.score("before", batches, self.pre)
+            groups = [_flat(group) for group in self.datamodule.groups()]
+            self.before = self.measurement.score("before", groups, self.pre)
 
     def edit(self, batch: list[Edit], group: int, fit: Callable[[], None]) -> list[Record]:
         """One edit batch: all its passes, then the commit; nothing is left of it if anything fails.
@@ -96,11 +96,11 @@ class EditStream:
             group: Their batches.
             records: Their lines.
         """
-        edits = [edit for batch in group for edit in batch]
+        edits = _flat(group)
         answers = self.evaluator.answers(edits)
         after: list[Record] = [{} for _ in edits]
         if self.trainer.evaluate:
-            after = self.measurement.score("after", group, self.post)
+            after = self.measurement.score("after", [edits], self.post)
         for record, answer, measured in zip(records, answers, after, strict=True):
             record["answer_after"], record["after"] = answer, measured
         self.run.complete_group(records)
@@ -136,6 +136,7 @@ class EditStream:
     def _metadata(self, batch: Sequence[Edit], group: int) -> Record:
         return {
             "editor": type(self.editor).__name__,
+            "config": self.editor.config,
             "base": self.editor.base.name_or_path,
             "dtype": self.editor.base.dtype,
             "fingerprint": self._fingerprint,
@@ -151,3 +152,8 @@ class EditStream:
             norms[f"norm/weight/{delta.name}"] = float(self.editor.base.weight(delta.name).float().norm())
         if self.trainer.logger is not None:
             self.trainer.logger.log_metrics(norms, step=self.done)
+
+
+def _flat(group: Sequence[Sequence[Edit]]) -> list[Edit]:
+    """The edits of the batches between two restorations: what the model holds together."""
+    return [edit for batch in group for edit in batch]

@@ -23,11 +23,12 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
-from kedit_lightning.errors import DeltaError
+from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.interrupts import interrupts_passed_on
 from kedit_lightning.logger import EditLogger
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluation
+from kedit_lightning.models.statistics import compute
 from kedit_lightning.run import RunDirectory, read_deltas
 from kedit_lightning.stream import EditStream
 
@@ -50,6 +51,9 @@ class EditTrainer(Trainer):
         strategy: As in Lightning.
         callbacks: Further callbacks.
         enable_progress_bar: Whether the terminal shows progress.
+
+    Raises:
+        KeditError: More than one process is asked for.
     """
 
     def __init__(
@@ -82,6 +86,9 @@ class EditTrainer(Trainer):
             enable_progress_bar=False,
             use_distributed_sampler=False,
         )
+        if self.world_size > 1:
+            msg = f"expected one process, got {self.world_size}: set trainer.devices and trainer.num_nodes to 1"
+            raise KeditError(msg)
         self.run = RunDirectory(Path(self.log_dir or "."))
         self.report: Record = {}
         self.show_progress = enable_progress_bar
@@ -112,7 +119,7 @@ class EditTrainer(Trainer):
             datamodule: The stream.
             ckpt_path: Not used; a run is resumed from its directory.
         """
-        assert datamodule is not None
+        datamodule = _given(datamodule)
         datamodule.setup("fit")
         one_pass = partial(super().fit, model, datamodule=datamodule)
         model.base.restore()
@@ -194,11 +201,15 @@ class EditTrainer(Trainer):
         Returns:
             A record a prompt: ``prompt``, ``before``, ``after``; predictions.jsonl holds the same.
         """
-        assert datamodule is not None
+        if max_new_tokens < 1:
+            msg = f"max_new_tokens: expected at least 1, got {max_new_tokens}"
+            raise KeditError(msg)
         updates = self._read(model, delta)
         if prompts is None:
+            datamodule = _given(datamodule)
             datamodule.setup("predict")
             prompts = [edit.text for edit in datamodule.edits]
+        model.base.restore()
         model.base.to(self.strategy.root_device)
         model.max_new_tokens = max_new_tokens
         loader = DataLoader(prompts, batch_size=32, collate_fn=list)  # type: ignore[arg-type,var-annotated]
@@ -218,13 +229,16 @@ class EditTrainer(Trainer):
         Args:
             model: The editor.
             datamodule: Not used.
+
+        Raises:
+            StatisticsError: There is nothing to collect, or it cannot be kept.
         """
         model.base.to(self.strategy.root_device)
-        model.statistics.second_moments(model.base, model.sites())
+        self.tell("on_statistics", compute(model.base, model.statistics, model.sites()))
 
     def _open(self, editor: Editor, datamodule: EditDataModule | None, stage: str) -> None:
         """Take the references that specificity is measured against, on the unedited model."""
-        assert datamodule is not None
+        datamodule = _given(datamodule)
         datamodule.setup(stage)
         editor.base.restore()
         self._measurement = Measurement(self, editor, datamodule)
@@ -250,3 +264,11 @@ class EditTrainer(Trainer):
         updates, metadata = read_deltas(Path(path))
         delta_files.check(editor.base, updates, metadata, Path(path))
         return updates
+
+
+def _given(datamodule: EditDataModule | None) -> EditDataModule:
+    """The data module, which Lightning's signature leaves open."""
+    if datamodule is None:
+        msg = "expected datamodule=EditDataModule(…), got none"
+        raise KeditError(msg)
+    return datamodule

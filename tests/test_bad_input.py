@@ -148,6 +148,10 @@ RECORDS: dict[str, tuple[object, tuple[str, ...]]] = {
     "empty subject": (GOOD | {"subject": ""}, ("subject is empty",)),
     "open end": (GOOD | {"prompt": "{} was born in "}, ("must not end in whitespace",)),
     "wrong type": (GOOD | {"target_new": 5}, ("field `target_new` must be text",)),
+    "misspelt": (
+        GOOD | {"paraphrase_promts": ["Tobin came from"]},
+        ("unknown field `paraphrase_promts`; did you mean `paraphrase_prompts`?",),
+    ),
     "no object": ("[1, 2]", ("expected one JSON object",)),
     "broken JSON": ('{"prompt": ', ("expected one JSON object", "column 12")),
 }
@@ -162,7 +166,7 @@ def test_records_are_named_by_file_line_and_reason(bad: Bad, tmp_path: Path, nam
     assert kedit("validate", "--config", bad.rome, *data, "--data.on_bad_record", "skip").status == 0
 
 
-@pytest.mark.parametrize("name", ["two slots", "empty target", "no target"])
+@pytest.mark.parametrize("name", ["two slots", "empty target", "no target", "misspelt"])
 def test_edits_in_the_configuration_are_named_too(bad: Bad, name: str) -> None:
     record, words = RECORDS[name]
     refused(
@@ -198,8 +202,19 @@ def test_data_files(bad: Bad, tmp_path: Path, name: str, dataset: str) -> None:
         (["dataset=counterfact_rs"], "github.com/sunshower-liu/RETS"),
         (["dataset=zsre", 'options={"targt": "alt"}'], "no option 'targt'; it takes answer_prefix"),
         (["dataset=zsre", 'options={"target": "all"}'], "unknown target 'all'; expected one of answers, alt"),
+        (["dataset=zsre", 'options={"loc_suffix": 3}'], "options.loc_suffix of zsre: expected str, got 3"),
+        (["dataset=zsre", 'options={"answer_prefix": null}'], "options.answer_prefix of zsre: expected str, got null"),
+        (["dataset=zsre", 'options={"loc_prefix": 3}'], "options.loc_prefix of zsre: expected str | null, got 3"),
+        (["dataset=almanac", "size=99999"], "almanac, size or options.facts_per_subject: With facts_per_subject=1"),
+        (["dataset=almanac", 'options={"facts_per_subject": 0}'], "options.facts_per_subject: Expected positive"),
+        (["dataset=almanac", 'options={"facts_per_subject": "x"}'], "facts_per_subject of almanac: expected int, got"),
+        (["dataset=almanac", 'options={"seed": [1]}'], "options.seed of almanac: expected int, got [1]"),
         (["dataset=counterfact", "path=http://127.0.0.1:9/cf.json"], "cannot download http://127.0.0.1:9/cf.json"),
         (["batch_size=0"], "expected batch_size ≥ 1"),
+        (["restore_every=0"], "expected restore_every ≥ 1 or null, got 0"),
+        (["start=-1"], "expected start ≥ 0, got -1"),
+        (["stop=-3"], "expected stop ≥ 0 or null, got -3"),
+        (["edits=EDITS", "size=0"], "size must be at least 1, or null for all edits; got 0"),
         (["batch_size=2", "restore_every=3"], "restore_every to be a multiple of batch_size, got 3 and 2"),
         (["edits=EDITS", "start=4"], "nothing to edit: 4 records, of which 4:None"),
         (["edits=EDITS", "snippets=not-there.json"], "not-there.json: no such file"),
@@ -399,6 +414,16 @@ VALUES = {
 }
 
 
+def test_a_null_is_a_value(bad: Bad) -> None:
+    null = ("--model.init_args.context_templates.templates", "null")
+    assert "templates: null" in done("fit", "--config", bad.rome, *null, "--print_config").out
+    refused(
+        kedit("fit", "--config", bad.rome, "--model.init_args.context_templates.templates", 3),
+        2,
+        "model.init_args.context_templates.templates: expected list or null, got 3",
+    )
+
+
 @pytest.mark.parametrize("how", ["yaml", "command line"])
 @pytest.mark.parametrize("key", VALUES)
 def test_wrong_values(bad: Bad, tmp_path: Path, key: str, how: str) -> None:
@@ -420,6 +445,14 @@ def test_values_that_are_of_the_right_type_but_make_no_sense(bad: Bad) -> None:
     for key, value, words in (
         ("model.init_args.statistics.tokens", "0", ("statistics.tokens: expected at least 1, got 0",)),
         ("model.init_args.statistics.ridge", "-1", ("statistics.ridge",)),
+        ("trainer.evaluation.generation_length", "-5", ("evaluation.generation_length: expected at least 1, got -5",)),
+        ("trainer.evaluation.max_tokens", "0", ("evaluation.max_tokens: expected at least 1, got 0",)),
+        (
+            "model.init_args.context_templates.context_template_length_params",
+            "[[5, 10], [0, 3]]",
+            ("context_template_length_params: expected pairs", "number ≥ 1, got [0, 3]"),
+        ),
+        ("trainer.save_dir", "/dev/null/x", ("/dev/null/x", "cannot be written (Not a directory)")),
         ("trainer.accelerator", "gpuu", ("trainer: ", "gpuu")),
         ("trainer.accelerator", "tpu", ("trainer: ",)),
         ("trainer.devices", "1.5", ("trainer: `devices`",)),
@@ -450,6 +483,16 @@ def test_commands_and_options(bad: Bad) -> None:
     refused(kedit("edit"), 2, "unknown command 'edit'", "fit, validate, test, predict, statistics, apply, revert, show")
     refused(kedit("fit", "--confg", bad.rome), 2, "confg")
     refused(kedit("apply", bad.run, "--outt", "x"), 2, "outt")
+    for short, full in (
+        ("data.sto", "data.stop"),
+        ("trainer.nam", "trainer.name"),
+        ("seed_everythin", "seed_everything"),
+        ("model.init_args.v_num_grad_step", "v_num_grad_steps"),
+    ):
+        result = kedit("fit", "--config", bad.rome, f"--{short}", 1)
+        refused(result, 2, f"unknown key {short}", f"did you mean {full}?")
+    refused(kedit("apply", bad.run, "--ou", "x"), 2, "unknown key ou; did you mean out?")
+    refused(kedit("pretrain", "--trainer.max_step", 1), 2, "unknown key trainer.max_step")
     refused(kedit("fit", "--config", bad.rome, "stray"), 2, "stray")
 
 

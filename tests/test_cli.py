@@ -320,6 +320,31 @@ def test_measuring_nothing(world: World) -> None:
 # ---------------------------------------------------------------------- an interrupt
 
 
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from kedit_lightning.cli import main; main(['--help']); main(['--version']); "
+        "print({'torch', 'lightning', 'transformers', 'numpy', 'jsonargparse'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize(("command", "kept"), [("fit", "; edits that were committed are in the run"), ("apply", "\n")])
+def test_an_interrupt_during_the_start_is_a_line(command: str, kept: str) -> None:
+    code = (
+        "import signal, sys; from kedit_lightning.cli import main\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"main(['{command}'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 130
+    assert result.stderr.startswith(f"kedit: interrupted{kept}")
+    assert result.stderr.count("\n") == 1
+
+
 def test_an_interrupt_leaves_what_was_committed(world: World) -> None:
     config = world.config("ROME", v_num_grad_steps=200, v_lr=1e-4)
     command = [sys.executable, "-m", "kedit_lightning", "fit", "--config", str(config), "--trainer.name", "interrupted"]

@@ -25,7 +25,7 @@ ALONE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("
 
 # ---------------------------------------------------------------------- numbers, typed from spec/editors.md, section 3
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "v_lr": 0.5,
     "v_weight_decay": 0.5,
     "clamp_norm_factor": 4,
@@ -39,6 +39,21 @@ COMMON = {
         "mom2_dtype": "float32",
     },
 }
+LENGTHS = {  # documents are cut at the model's own limit, on Qwen2 at 4,096 (spec/editors.md 1.5)
+    "gpt2-xl": 1024,
+    "gptj": 2048,
+    "llama-7b": 2048,
+    "llama2-13b": 4096,
+    "llama3-8b": 8192,
+    "qwen2.5-7b": 4096,
+    "qwen2.5-14b": 4096,
+}
+
+
+def common(name: str) -> dict[str, Any]:
+    return COMMON | {"statistics": {**COMMON["statistics"], "max_length": LENGTHS[name]}}
+
+
 GPT2_XL, GPTJ, LLAMA_7B = "openai-community/gpt2-xl", "EleutherAI/gpt-j-6B", "huggyllama/llama-7b"
 QWEN_7B, QWEN_14B = "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B"
 ROME = {  # model, layer, steps, β
@@ -96,7 +111,7 @@ def test_rome(name: str) -> None:
     config = load(f"configs/rome_{name}.yaml")
     assert config["base"]["name"] == model
     assert config["model"]["class_path"] == "ROME"
-    assert config["model"]["init_args"] == COMMON | {
+    assert config["model"]["init_args"] == common(name) | {
         "layers": [layer],
         "v_num_grad_steps": steps,
         "v_weight_decay": decay,
@@ -114,7 +129,7 @@ def test_top(name: str) -> None:
     offsets = settings.pop("rel_feat_layer")
     offsets = offsets if isinstance(offsets, list) else [offsets] * len(layers)
     assert [layer + offset for layer, offset in zip(layers, offsets, strict=True)] == l_a
-    assert settings == COMMON | {
+    assert settings == common(name) | {
         "layers": layers,
         "v_num_grad_steps1": steps,
         "v_num_grad_steps2": steps,

@@ -10,6 +10,7 @@ from kedit_lightning import delta as delta_files
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.writing import write_beside
 from tests.families import tiny_base
 from tests.updates import bits, dense, disk_full, low_rank, metadata, same_bits
 
@@ -197,11 +198,18 @@ def test_a_real_refusal_of_the_operating_system_leaves_nothing(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(KeditError) as error:
+        write_beside(tmp_path / "file" / "f.json", lambda path: path.write_text("{}"))
+    one_line(error, str(tmp_path / "file" / "f.json"), "cannot be written")
+
+
 def test_an_interrupt_while_writing_leaves_nothing(tmp_path: Path) -> None:
     def interrupted(path: Path) -> None:
         path.write_text(json.dumps("half"))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        delta_files.write_beside(tmp_path / "f.json", interrupted)
+        write_beside(tmp_path / "f.json", interrupted)
     assert list(tmp_path.iterdir()) == []

@@ -59,6 +59,15 @@ def test_a_checkpoint_has_the_dtype_of_the_base(tmp_path: Path, dtype: torch.dty
     torch.testing.assert_close(found[deltas[0].name], exact.to(dtype), rtol=0, atol=0)
 
 
+def test_a_tokenizer_may_save_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("gpt2")
+    templates = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    monkeypatch.setattr(base.tokenizer, "chat_template", templates, raising=False)
+    write_model(base, [], tmp_path / "out")
+    (template,) = (tmp_path / "out" / "additional_chat_templates").iterdir()
+    assert template.read_text() == "{{ tools }}"
+
+
 def test_a_checkpoint_goes_into_an_empty_folder_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny_base("gpt2")
     (tmp_path / "empty").mkdir()

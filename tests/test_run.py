@@ -8,7 +8,7 @@ import pytest
 from kedit_lightning import delta as delta_files
 from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.run import RunDirectory, read_deltas
+from kedit_lightning.run import COMMITS, RunDirectory, newest, read_deltas
 from tests.families import tiny_base
 from tests.updates import disk_full, low_rank, metadata, write_run
 
@@ -182,3 +182,16 @@ def test_no_run_directory_is_one_clear_line(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(DeltaError, match="expected a run directory"):
             RunDirectory(path).standing()
+
+
+def test_the_newest_run_is_the_newest_that_holds_what_is_needed(tmp_path: Path, base: LanguageModel) -> None:
+    write_run(tmp_path / "version_2", base, [([0], 0, [low_rank(base, 1, 0)])])
+    write_run(tmp_path / "version_10", base, [([1], 0, [low_rank(base, 1, 1)])])
+    (tmp_path / "version_11").mkdir()
+    (tmp_path / "version_11" / "metrics.json").write_text("{}")
+    (tmp_path / "version_12").mkdir()
+    assert newest(tmp_path, COMMITS).name == "version_10"
+    assert newest(tmp_path, "metrics.json").name == "version_11"
+    assert newest(tmp_path, "nothing").name == "version_12"
+    assert newest(tmp_path / "version_2", COMMITS).name == "version_2"
+    assert read_deltas(tmp_path)[1]["case_ids"] == [1]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kedit_lightning.solvers import constrained
+from kedit_lightning.solvers import constrained, double
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -72,3 +72,25 @@ def test_a_key_that_the_direction_cannot_reach(key: Tensor, angle: float) -> Non
     direction = turn @ torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64)
     with pytest.raises(ValueError, match="expected a key with a part along"):
         constrained(torch.ones(2), direction, turn @ key.double())
+
+
+class _Apple(Tensor):
+    """A tensor on a device that has no float64."""
+
+    device = property(lambda _: torch.device("mps"))  # type: ignore[assignment]
+
+    def double(self) -> Tensor:
+        msg = "Cannot convert a MPS Tensor to float64"
+        raise TypeError(msg)
+
+    def cpu(self) -> Tensor:  # type: ignore[override]
+        return self.as_subclass(Tensor)
+
+
+def test_a_device_without_float64() -> None:
+    values = [rand(n, seed=n).float() for n in (5, 7, 7)]
+    expected = constrained(*values)
+    for found, one in zip(constrained(*(value.as_subclass(_Apple) for value in values)), expected, strict=True):
+        assert type(found) is Tensor
+        assert torch.equal(found, one)
+    assert double(values[0]).dtype == torch.float64

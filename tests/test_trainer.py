@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -191,27 +192,126 @@ def test_validate_measures_the_unedited_model_and_test_an_edited_one(
 def test_predict_shows_texts_before_and_after(edited: tuple[EditTrainer, LanguageModel], tmp_path: Path) -> None:
     made, base = edited
     editor, prompts = make("ROME", base), ["Mirabel Foss plays", "A letter from the new employer of Mirabel Foss"]
-    base.restore()
+    edited_weights = bits(base)
     predicting = measuring(tmp_path)
     records = predicting.predict(
         editor, datamodule=data(THREE), delta=str(made.run.path), prompts=prompts, max_new_tokens=5
     )
     assert [record["prompt"] for record in records] == prompts
     assert records[1]["before"] != records[1]["after"]
+    assert same(base, edited_weights), "the model was edited before, and is not edited twice"
     lines = (predicting.run.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == records
 
 
 def test_predict_takes_the_edit_prompts_by_default(edited: tuple[EditTrainer, LanguageModel], tmp_path: Path) -> None:
     made, base = edited
-    base.restore()
     records = measuring(tmp_path).predict(
         make("ROME", base), datamodule=data(THREE), delta=str(made.run.path), max_new_tokens=1
     )
     assert [record["prompt"] for record in records] == [edit.text for edit in THREE]
 
 
+# ---------------------------------------------------------------------- what a run says of itself
+
+
+def test_a_commit_holds_the_editors_settings(edited: tuple[EditTrainer, LanguageModel]) -> None:
+    made, _ = edited
+    for metadata in made.run.metadata():
+        config = metadata["config"]
+        assert (config["layers"], config["v_num_grad_steps"]) == ([1], STEPS)
+        assert config["statistics"]["source"] == "almanac" if config["mom2_adjustment"] else True
+        assert "base" not in config
+
+
+def test_the_protocol_names_the_edits(edited: tuple[EditTrainer, LanguageModel]) -> None:
+    protocol = edited[0].report["protocol"]
+    assert protocol["dataset"] == "edits"
+    assert (protocol["batch_size"], protocol["restore_every"], protocol["start"]) == (1, 2, 0)
+    own = EditDataModule(dataset="zsre", path="x.json", options={"target": "alt"}, stop=3).protocol
+    assert (own["dataset"], own["path"], own["options"], own["stop"]) == ("zsre", "x.json", {"target": "alt"}, 3)
+
+
+@pytest.mark.parametrize(("restore_every", "asked"), [(1, 2), (None, 0)])
+def test_what_the_model_holds_together_does_not_count_as_unrelated(
+    restore_every: int | None, asked: int, tmp_path: Path
+) -> None:
+    """Two facts of one subject: after both are written, the other's relation is no longer to stay as it was."""
+    prompts = {"P1": "{} speaks", "P2": "{} lives in"}
+    pair = [
+        replace(
+            EDITS[0],
+            case_id=i,
+            prompt=prompt,
+            relation_id=relation,
+            relation_specific_prompts=tuple(p.format(EDITS[0].subject) for r, p in prompts.items() if r != relation),
+            relation_specific_relations=tuple(r for r in prompts if r != relation),
+        )
+        for i, (relation, prompt) in enumerate(prompts.items())
+    ]
+    made = measuring(tmp_path)
+    made.fit(make("ROME", tiny_base("gpt2")), datamodule=data(pair, batch_size=1, restore_every=restore_every))
+    for when in ("pre", "post"):
+        assert made.report[when].get("r_specificity", {"n": 0})["n"] == asked
+
+
 # ---------------------------------------------------------------------- errors
+
+
+def test_a_data_module_is_asked_for(tmp_path: Path, gpt2_base: LanguageModel) -> None:
+    for command in ("fit", "validate", "predict"):
+        with pytest.raises(KeditError, match=r"expected (datamodule=EditDataModule|--delta)"):
+            getattr(measuring(tmp_path), command)(make("ROME", gpt2_base))
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeditError, match=r"expected one process, got 2: set trainer\.devices"):
+        EditTrainer(save_dir=str(tmp_path), accelerator="cpu", devices=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor, made = make("ROME", tiny_base("gpt2")), measuring(tmp_path)
+
+    def failing() -> None:
+        assert (made.run.path / "deltas").is_dir(), "the directory is taken while statistics are collected"
+        msg = "no statistics"
+        raise KeditError(msg)
+
+    monkeypatch.setattr(editor, "prepare", failing)
+    with pytest.raises(KeditError, match="no statistics"):
+        made.fit(editor, datamodule=data(THREE))
+    assert not made.run.path.exists()
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    first, second = measuring(tmp_path), measuring(tmp_path)
+    assert first.run.path == second.run.path
+    with first.run.opened(), pytest.raises(KeditError, match="holds a run already"):
+        second.fit(make("ROME", tiny_base("gpt2")), datamodule=data(THREE))
+    assert (first.run.path / "deltas").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("ROME", {"v_num_grad_steps": 0}, "v_num_grad_steps: expected at least 1, got 0"),
+        ("ROME", {"v_lr": -1.0}, "v_lr: expected a positive number, got -1.0"),
+        ("ROME", {"v_lr": float("nan")}, "v_lr: expected a positive number, got nan"),
+        ("ROME", {"clamp_norm_factor": 0.0}, "clamp_norm_factor: expected a positive number, got 0.0"),
+        ("ROME", {"kl_factor": -0.5}, "kl_factor: expected at least 0, got -0.5"),
+        ("TOP", {"v_num_grad_steps2": -3}, "v_num_grad_steps2: expected at least 1, got -3"),
+        ("TOP", {"v_weight_decay": -1.0}, "v_weight_decay: expected at least 0, got -1.0"),
+    ],
+)
+def test_settings_out_of_range(name: str, settings: dict[str, Any], expected: str, gpt2_base: LanguageModel) -> None:
+    with pytest.raises(KeditError, match=expected):
+        make(name, gpt2_base, **settings)
+
+
+def test_a_layer_is_edited_once(gpt2_base: LanguageModel) -> None:
+    with pytest.raises(KeditError, match=r"each once, got \[1, 1\]"):
+        make("ROME", gpt2_base, (1, 1))
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Callback
@@ -41,3 +42,6 @@ class EditCallback(Callback):
 
     def on_predictions(self, trainer: Trainer, records: Sequence[Record]) -> None:
         """Texts before and after the edits: ``prompt``, ``before``, ``after``."""
+
+    def on_statistics(self, trainer: Trainer, files: Sequence[Path]) -> None:
+        """Key statistics are kept in these files."""

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import rich.console
@@ -166,6 +167,13 @@ class Console(EditCallback):
         if _talks(trainer) and self._n <= FEW:
             for record in records:
                 self._line(edit_line(record, says(record["answer_after"], record["target_new"])))
+
+    def on_statistics(self, trainer: Trainer, files: Sequence[Path]) -> None:
+        """Where they are."""
+        self.close()
+        if _talks(trainer):
+            for file in files:
+                self._line(Text(str(file)))
 
     def on_predictions(self, trainer: Trainer, records: Sequence[Record]) -> None:
         """The texts before and after, with what differs in colour."""

@@ -12,9 +12,9 @@ from lightning import Trainer
 from torch import Tensor
 
 from kedit_lightning.callbacks.base import EditCallback, Record
-from kedit_lightning.delta import write_beside
 from kedit_lightning.editors import Editor
 from kedit_lightning.report import LABELS, count, shown
+from kedit_lightning.writing import write_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

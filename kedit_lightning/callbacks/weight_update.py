@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from lightning import LightningModule, Trainer
 
@@ -31,9 +33,10 @@ class WeightUpdate(EditCallback):
         if not any(outcome.curves for outcome in pl_module.outcomes if outcome.pass_ == pl_module.pass_):
             msg = f"the fit at step {trainer.global_step} took no steps, so there is nothing to write"
             raise RuntimeError(msg)
-        for delta in pl_module.write():
-            pl_module.base.write(delta.name, delta.update)
-            self.deltas.append(delta)
+        with closing(pl_module.write()) as updates:
+            for delta in updates:
+                pl_module.base.write(delta.name, delta.update)
+                self.deltas.append(delta)
         pl_module.settle()
 
     def take(self) -> list[WeightDelta]:

@@ -56,10 +56,15 @@ class EditDataModule(LightningDataModule):
         snippets: str | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or start < 0 or (restore_every is not None and restore_every < 1):
-            got = f"{batch_size}, {restore_every}, {start}"
-            msg = f"expected batch_size ≥ 1, restore_every ≥ 1 or null, start ≥ 0, got {got}"
-            raise DataError(msg)
+        for value, least, expected in (
+            (batch_size, 1, "batch_size ≥ 1"),
+            (restore_every, 1, "restore_every ≥ 1 or null"),
+            (start, 0, "start ≥ 0"),
+            (stop, 0, "stop ≥ 0 or null"),
+        ):
+            if value is not None and value < least:
+                msg = f"expected {expected}, got {value}"
+                raise DataError(msg)
         if restore_every is not None and restore_every % batch_size:
             msg = f"expected restore_every to be a multiple of batch_size, got {restore_every} and {batch_size}"
             raise DataError(msg)
@@ -80,7 +85,7 @@ class EditDataModule(LightningDataModule):
         if self.edits:
             return
         if self.given is not None:
-            loaded = datasets.inline(self.given, on_bad_record=self.on_bad_record)
+            loaded = datasets.inline(self.given, size=self.size, on_bad_record=self.on_bad_record)
         else:
             loaded = datasets.load(
                 self.dataset, self.path, size=self.size, on_bad_record=self.on_bad_record, **self.options
@@ -94,6 +99,21 @@ class EditDataModule(LightningDataModule):
         """Texts that an edited model's texts should resemble, by relation and target; None where there are none."""
         own_world = self.given is None and self.dataset == "almanac"
         return datasets.reference_texts("almanac" if own_world else self.snippets)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Which edits are streamed, and how."""
+        written_out = self.given is not None
+        return {
+            "dataset": "edits" if written_out else self.dataset,
+            "path": None if written_out else self.path,
+            "options": {} if written_out else self.options,
+            "size": self.size,
+            "start": self.start,
+            "stop": self.stop,
+            "batch_size": self.batch_size,
+            "restore_every": self.restore_every,
+        }
 
     def groups(self) -> Iterator[list[list[Edit]]]:
         """Edit batches between two restorations of the weights."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kedit_lightning.data.files import as_object, numbered, read
 from kedit_lightning.data.records import Record, edit_from_record, edit_from_zsre, snippets_from_record
@@ -56,19 +56,21 @@ def load(
     """
     _check_choice("data set", name, LOADERS)
     _check_choice("on_bad_record", on_bad_record, ("raise", "skip"))
-    if size is not None and size < 1:
-        msg = f"size must be at least 1, or null for all edits; got {size}"
-        raise DataError(msg)
+    _check_size(size)
     takes = set(inspect.signature(LOADERS[name]).parameters) - {"path", "size", "on_bad_record"}
     if unknown := set(options) - takes:
         msg = f"data set {name!r} has no option {min(unknown)!r}; it takes {', '.join(sorted(takes)) or 'none'}"
         raise DataError(msg)
+    types = get_type_hints(LOADERS[name])
+    for option, value in options.items():
+        _check_type(f"options.{option} of {name}", option, value, types[option])
     return LOADERS[name](path, size=size, on_bad_record=on_bad_record, **options)
 
 
-def inline(records: Sequence[Record], *, on_bad_record: OnBadRecord = "raise") -> list[Edit]:
+def inline(records: Sequence[Record], *, size: int | None = None, on_bad_record: OnBadRecord = "raise") -> list[Edit]:
     """Edits from records at hand, such as those written out in a configuration, in any form that `jsonl` reads."""
-    return _collect("edits", numbered(records), edit_from_record, None, on_bad_record)
+    _check_size(size)
+    return _collect("edits", numbered(records), edit_from_record, size, on_bad_record)
 
 
 def counterfact(
@@ -126,7 +128,6 @@ def zsre(
         loc_prefix: Replaces the `nq question: ` before the neighborhood questions; `None` keeps the file's own.
         loc_suffix: Ends the neighborhood questions, which have no question mark in the file.
     """
-    _check_choice("target", target, ("answers", "alt"))
     path = path or f"{_RELEASED}/zsre_mend_eval.json"
     parse = partial(
         edit_from_zsre, target=target, answer_prefix=answer_prefix, loc_prefix=loc_prefix, loc_suffix=loc_suffix
@@ -162,7 +163,11 @@ def almanac(
         raise DataError(msg)
     from kedit_lightning import almanac as world
 
-    found = world.records(n=size, facts_per_subject=facts_per_subject, seed=seed)
+    try:
+        found = world.records(n=size, facts_per_subject=facts_per_subject, seed=seed)
+    except ValueError as error:
+        msg = f"almanac, size or options.facts_per_subject: {error}"
+        raise DataError(msg) from error
     return _collect("almanac", numbered(found), edit_from_record, size, on_bad_record)
 
 
@@ -200,9 +205,25 @@ def reference_texts(source: Path | str | None) -> ReferenceTexts | None:
     return texts
 
 
-def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
+def _check_size(size: int | None) -> None:
+    if size is not None and size < 1:
+        msg = f"size must be at least 1, or null for all edits; got {size}"
+        raise DataError(msg)
+
+
+def _check_choice(what: str, value: object, choices: Iterable[str]) -> None:
+    if value not in list(choices):
         msg = f"unknown {what} {value!r}; expected one of {', '.join(choices)}"
+        raise DataError(msg)
+
+
+def _check_type(where: str, name: str, value: object, wanted: Any) -> None:  # noqa: ANN401 - any annotation
+    """Refuse what a loader's annotation (a class, a union of classes, a literal) does not allow."""
+    if get_origin(wanted) is Literal:
+        _check_choice(name, value, get_args(wanted))
+    elif type(value) not in (get_args(wanted) or (wanted,)):
+        legal = inspect.formatannotation(wanted).replace("None", "null")
+        msg = f"{where}: expected {legal}, got {'null' if value is None else repr(value)}"
         raise DataError(msg)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import wrap_file
 
+from kedit_lightning.cache import cache_dir
 from kedit_lightning.errors import DataError
 
 
@@ -87,11 +88,6 @@ def as_object(raw: object) -> dict[str, Any]:
         msg = f"expected one JSON object, got {shown[:60]}{why}"
         raise DataError(msg)
     return value
-
-
-def cache_dir() -> Path:
-    """The folder of downloaded files: `$KEDIT_CACHE`, or `~/.cache/kedit_lightning`."""
-    return Path(os.environ.get("KEDIT_CACHE") or Path.home() / ".cache" / "kedit_lightning")
 
 
 def download(url: str) -> Path:

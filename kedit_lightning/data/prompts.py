@@ -32,6 +32,9 @@ class ContextTemplates:
         templates: Templates to use instead, in groups; each holds one ``{}`` and the first is ``{}``.
         exclude: Prefixes that contain this word are dropped (TOP's released code: ``import``).
         seed: Seed of the sampling.
+
+    Raises:
+        DataError: A length leaves no token after the start token, or a number of prefixes is below 1.
     """
 
     scheme: Literal["rome", "memit"] = "rome"
@@ -39,6 +42,16 @@ class ContextTemplates:
     templates: list[list[str]] | None = None
     exclude: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse lengths and numbers that mean nothing."""
+        for pair in self.context_template_length_params:
+            if pair[0] < 2 or pair[1] < 1:
+                msg = (
+                    "context_template_length_params: expected pairs of a length ≥ 2 (start token included) and a "
+                    f"number ≥ 1, got {list(pair)}"
+                )
+                raise DataError(msg)
 
     def __call__(self, base: LanguageModel) -> list[list[str]]:
         """The templates in groups, the first group being ``["{}"]`` or starting with ``{}``.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -25,6 +26,15 @@ _ALIASES = MappingProxyType(
 )
 """EasyEdit's names for fields of ours."""
 
+_FACT = ("prompt", "subject", "relation_id", "target_new", "target_true", "target_new_id", "target_true_id")
+"""Fields of a fact."""
+
+_BESIDE = ("case_id", "requested_rewrite", *PROMPT_LISTS, *GROUPED_LISTS)
+"""Fields beside the fact."""
+
+_NEAR = 0.85
+"""How alike (difflib's ratio) an unknown field and a known one are if it is misspelt rather than the file's own."""
+
 _NQ = "nq question: "
 
 
@@ -33,7 +43,8 @@ def edit_from_record(record: Record, position: int = 0) -> Edit:
 
     The fact (prompt, subject, relation_id, target_new, target_true) stands in `requested_rewrite` or beside the other
     fields; a target is a string or `{"str": …, "id": …}`; a prompt without a slot is complete and gets its slot where
-    the subject first occurs. All but prompt, subject and target_new may be missing.
+    the subject first occurs. All but prompt, subject and target_new may be missing; further fields are ignored, unless
+    they look like a misspelt one.
 
     Args:
         record: The record's fields.
@@ -43,7 +54,7 @@ def edit_from_record(record: Record, position: int = 0) -> Edit:
         The edit.
 
     Raises:
-        DataError: A field is missing or cannot be used.
+        DataError: A field is missing, misspelt or cannot be used.
     """
     fact = record.get("requested_rewrite", record)
     if not isinstance(fact, Mapping):
@@ -54,6 +65,7 @@ def edit_from_record(record: Record, position: int = 0) -> Edit:
     target_true, target_true_id = _target(fact, "target_true")
     if target_new is None:
         raise _missing(fact, "target_new")
+    _check_spelling({*record, *fact})
     lists: dict[str, Any] = {name: _texts(record, name) for name in PROMPT_LISTS}
     lists |= {name: _triples(record, name) for name in GROUPED_LISTS}
     return Edit(
@@ -144,6 +156,15 @@ def _with_slot(prompt: str, subject: str) -> str:
         msg = f"prompt has neither {{}} nor the subject {subject!r} in it: {prompt!r}"
         raise DataError(msg)
     return prompt.replace(subject, SLOT, 1)
+
+
+def _check_spelling(names: Iterable[str]) -> None:
+    """Refuse a field that would be ignored and looks like one that would not."""
+    known = (*_FACT, *_BESIDE, *_ALIASES.values())
+    for name in sorted(set(names) - set(known)):
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=_NEAR):
+            msg = f"unknown field `{name}`; did you mean `{near[0]}`?"
+            raise DataError(msg)
 
 
 def _missing(record: Record, name: str) -> DataError:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
-from typing import Literal
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning import objectives
+from kedit_lightning import objectives, solvers
 from kedit_lightning.data.prompts import ContextTemplates, edit_batch
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.stages import Terms, ValueDelta
@@ -41,6 +42,9 @@ class Editor(StagedTraining):
         statistics: Where the second moment comes from.
         context_templates: Texts put before the prompts.
         preset: ``paper``, or ``released`` to follow the authors' code where it differs.
+
+    Raises:
+        KeditError: A setting is out of range or contradicts another.
     """
 
     def __init__(
@@ -58,9 +62,12 @@ class Editor(StagedTraining):
         preset: Preset,
     ) -> None:
         super().__init__(base, v_lr)
-        if not layers:
-            msg = "expected at least one layer to edit, got none: give `layers`"
+        self.save_hyperparameters(ignore=["base"], logger=False)
+        if not layers or len(set(layers)) < len(layers):
+            msg = f"layers: expected at least one layer to edit, each once, got {layers}"
             raise KeditError(msg)
+        at_least(0, v_weight_decay=v_weight_decay, kl_factor=kl_factor)
+        at_least(1e-12, v_lr=v_lr, clamp_norm_factor=clamp_norm_factor)
         if mom2_adjustment and statistics is None:
             msg = (
                 f"{type(self).__name__} whitens keys by their second moment over some text: give `statistics` a source "
@@ -77,6 +84,12 @@ class Editor(StagedTraining):
         self.moments: dict[Site, KeyStatistics] = {}
         self.layer: int
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings as plain data, statistics and templates included."""
+        nested = (Statistics, ContextTemplates)
+        return {key: asdict(value) if isinstance(value, nested) else value for key, value in self.hparams.items()}
+
     # ------------------------------------------------------------------ what an editor says
 
     @abstractmethod
@@ -84,7 +97,7 @@ class Editor(StagedTraining):
         """Declare the value deltas of this pass, by `value_delta`."""
 
     @abstractmethod
-    def write(self) -> Iterator[WeightDelta]:
+    def write(self) -> Generator[WeightDelta, None, None]:
         """Yield the weight updates; each is added to the weights before the next is asked for."""
 
     def passes(self) -> Sequence[int]:
@@ -138,23 +151,27 @@ class Editor(StagedTraining):
         if essence_at is not None:
             at[deltas[0]][essence] = essence_at
         n, kl_at = len(self.batch), at[deltas[0]][essence]
-
-        def log_p(logits: Tensor) -> Tensor:
-            return logits[torch.arange(n, device=logits.device), kl_at.to(logits.device)].float().log_softmax(-1)
+        asking = torch.nonzero(~essence)[:, 0]
+        line, position = torch.nonzero(rows.labels[asking] >= 0, as_tuple=True)
+        targets = rows.labels[asking[line], position]
+        # Where logits are needed: before every target token, then at the KL's place of every edit.
+        read = torch.cat([asking[line], torch.nonzero(essence)[:, 0]]), torch.cat([position, kl_at])
 
         with torch.no_grad():
-            reference = log_p(self.base.logits(rows.select(essence)))
+            every = torch.arange(n, device=kl_at.device)
+            reference = self.base.logits(rows.select(essence), (every, kl_at)).float().log_softmax(-1)
 
         def terms() -> Terms:
             with ExitStack() as stack:
                 for delta in deltas:
                     stack.enter_context(self.base.add(delta.site, at[delta], delta.delta[edit]))
-                logits = self.base.logits(rows)
-            nll = objectives.nll(logits[~essence], rows.labels[~essence])
+                logits = self.base.logits(rows, read)
+            nll = objectives.nll(logits[:-n, None], targets[:, None])
+            nll = objectives.mean_over_rows(nll, line, len(asking))
             decay = [objectives.weight_decay(delta.delta, delta.origin) for delta in deltas]
             return {
                 "nll": objectives.mean_over_rows(nll, edit[~essence], n),
-                "kl": self.kl_factor * objectives.essence_kl(log_p(logits[essence]), reference),
+                "kl": self.kl_factor * objectives.essence_kl(logits[-n:].float().log_softmax(-1), reference),
                 "weight_decay": self.v_weight_decay * torch.stack(decay).sum(dim=0),
             }
 
@@ -162,7 +179,8 @@ class Editor(StagedTraining):
 
     def whiten(self, keys: Tensor, site: Site) -> Tensor:
         """``C⁻¹ k`` in float64 for keys of shape ``(n, k)``; k itself without ``mom2_adjustment``."""
-        return self.moments[site].solve(keys.double()) if self.mom2_adjustment else keys.double()
+        keys = solvers.double(keys)
+        return self.moments[site].solve(keys) if self.mom2_adjustment else keys
 
     def mean_keys(self, site: Site, token: Token) -> Tensor:
         """k*: each edit's key, its mean over the context templates (by groups, where there are groups); ``(n, k)``."""
@@ -186,3 +204,15 @@ class Editor(StagedTraining):
             for delta in outcome.deltas:
                 found, wanted = self.base.read(rows, {delta.site: rows.at[delta.token]})[delta.site], delta.value
                 outcome.residual += ((found.to(wanted) - wanted).norm(dim=1) / wanted.norm(dim=1)).cpu()
+
+
+def at_least(least: float, **settings: float) -> None:
+    """Refuse settings that are too small.
+
+    Raises:
+        KeditError: One is.
+    """
+    for name, value in settings.items():
+        if not value >= least:
+            msg = f"{name}: expected {'a positive number' if 0 < least < 1 else f'at least {least}'}, got {value}"
+            raise KeditError(msg)

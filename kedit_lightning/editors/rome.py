@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from kedit_lightning import solvers
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors.base import Editor, Preset
+from kedit_lightning.editors.base import Editor, Preset, at_least
 from kedit_lightning.editors.stages import Stage, below
 from kedit_lightning.edits import Site, Token
 from kedit_lightning.errors import KeditError
@@ -39,6 +39,7 @@ class ROME(Editor):
         statistics: Where the second moment comes from.
         context_templates: Texts put before the prompts.
         preset: ``paper``, or ``released`` to follow the authors' code where it differs.
+        stop: The stage ends for an edit when its loss is below this.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ROME(Editor):
         statistics: Statistics | None = None,
         context_templates: ContextTemplates | None = None,
         preset: Preset = "paper",
+        stop: float = 5e-2,
     ) -> None:
         super().__init__(
             base,
@@ -67,7 +69,8 @@ class ROME(Editor):
             context_templates=context_templates,
             preset=preset,
         )
-        self.v_num_grad_steps = v_num_grad_steps
+        at_least(1, v_num_grad_steps=v_num_grad_steps)
+        self.v_num_grad_steps, self.stop = v_num_grad_steps, stop
 
     def passes(self) -> Sequence[int]:
         """One pass a layer."""
@@ -79,15 +82,16 @@ class ROME(Editor):
 
     def stages(self) -> Iterator[Stage]:
         """v*."""
-        yield Stage("v", (self.v,), self.edit_loss(self.v), self.v_num_grad_steps, below(0.05))
+        yield Stage("v", (self.v,), self.edit_loss(self.v), self.v_num_grad_steps, below(self.stop))
 
-    def write(self) -> Iterator[WeightDelta]:
+    def write(self) -> Generator[WeightDelta, None, None]:
         """One rank-one update an edit, so that ``(W + Δ) k = v*`` at the bare prompt's key."""
         site, values = self.v.site, self.v.value
         direction = self.whiten(self.mean_keys(site, self.v.token), site)
         keys = self.bare_keys(site, self.v.token)
         for i, request in enumerate(self.batch.edits):
-            residual = values[i].to(keys.device) - self.base.project(site, keys[i])
+            present = self.base.project(site, keys[i])
+            residual = values[i].to(present.device) - present
             try:
                 left, right = solvers.constrained(residual, direction[i], keys[i])
             except ValueError as error:

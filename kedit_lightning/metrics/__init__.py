@@ -1,7 +1,8 @@
 """Metrics: one scorer, many metrics, and the evaluator that applies them to edits."""
 
+from kedit_lightning.data.datasets import ReferenceTexts
 from kedit_lightning.metrics.collection import REPORTED, EditMetrics
-from kedit_lightning.metrics.evaluator import Evaluation, Evaluator, ReferenceTexts
+from kedit_lightning.metrics.evaluator import Evaluation, Evaluator
 from kedit_lightning.metrics.functional import PromptScores, Summary
 from kedit_lightning.metrics.generation import GeneratedAccuracy, NGramEntropy, TfidfConsistency
 from kedit_lightning.metrics.per_case import PerCaseMetric

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kedit_lightning.data.datasets import ReferenceTexts
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import KeditError
 from kedit_lightning.metrics.collection import EditMetrics
 from kedit_lightning.metrics.functional import WORD, PromptScores, fit_tfidf, tfidf_consistency
 from kedit_lightning.metrics.generation import says, text_entropies
@@ -23,9 +25,6 @@ from kedit_lightning.models.generation import generate, normalise
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
-
-ReferenceTexts = Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]]
-"""Relation id → id of the object → texts on subjects that have it, each a mapping with the key ``text``."""
 
 TOP_K = 5
 CHUNK = 32
@@ -41,12 +40,22 @@ class Evaluation:
         generation_length: Length of a written text in tokens, its prompt included.
         max_tokens: Tokens of a batch, padding included; less needs less memory.
         seed: Seed of the written texts; each case and prompt has a random stream of its own.
+
+    Raises:
+        KeditError: A number of tokens is below 1.
     """
 
     generation: bool = True
     generation_length: int = 100
     max_tokens: int = 8192
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse lengths that mean nothing."""
+        for name in ("generation_length", "max_tokens"):
+            if (value := getattr(self, name)) < 1:
+                msg = f"evaluation.{name}: expected at least 1, got {value}"
+                raise KeditError(msg)
 
 
 class Evaluator:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from kedit_lightning.solvers import double
+
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -29,14 +31,12 @@ class PromptScores:
     Args:
         nll_sum: Sum over the target's tokens of -log p, shape ``(b,)``.
         nll_max: The largest of them, shape ``(b,)``.
-        nll_first: The first of them, shape ``(b,)``.
         n_correct: Target tokens that are the arg-max, shape ``(b,)``.
         n_tok: Target tokens, shape ``(b,)``.
     """
 
     nll_sum: Tensor
     nll_max: Tensor
-    nll_first: Tensor
     n_correct: Tensor
     n_tok: Tensor
 
@@ -56,11 +56,6 @@ class PromptScores:
         """Share of target tokens that are the arg-max, shape ``(b,)``."""
         return self.n_correct / self.n_tok
 
-    @property
-    def exact(self) -> Tensor:
-        """1 where every target token is the arg-max, shape ``(b,)``."""
-        return (self.n_correct == self.n_tok).float()
-
 
 def prompt_scores(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> PromptScores:
     """Columns of n prompts from the logits at their target positions, in float32.
@@ -68,19 +63,15 @@ def prompt_scores(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> Promp
     Args:
         logits: Logits that predict each target token, shape ``(m, vocabulary)``.
         targets: The target tokens, shape ``(m,)``.
-        row: The prompt of each target token, those of one prompt in their order; shape ``(m,)``.
+        row: The prompt of each target token, shape ``(m,)``.
         n: Number of prompts.
     """
     logits = logits.float()
     nll = logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
     hit = (logits.argmax(dim=-1) == targets).long()
-    order = torch.arange(len(row), device=row.device)
-    first = order.new_full((n,), len(row)).scatter_reduce(0, row, order, "amin")
-    padded = torch.cat([nll, nll.new_full((1,), math.nan)])
     return PromptScores(
         nll.new_zeros(n).index_add(0, row, nll),
         nll.new_full((n,), -math.inf).scatter_reduce(0, row, nll, "amax"),
-        padded[first],
         hit.new_zeros(n).index_add(0, row, hit),
         torch.bincount(row, minlength=n),
     )
@@ -225,7 +216,7 @@ def summarize(values: Tensor) -> Summary:
     >>> summarize(torch.tensor([1.0, 0.0, 1.0, 0.0, float("nan")]))
     Summary(mean=0.5, std=0.5, ci95=0.49, n=4, skipped=1)
     """
-    known = values[~values.isnan()].double()
+    known = double(values[~values.isnan()])
     n, skipped = len(known), len(values) - len(known)
     if n == 0:
         return Summary(math.nan, math.nan, math.nan, 0, skipped)

@@ -10,8 +10,7 @@ from torch import Tensor
 from kedit_lightning.edits import Token
 from kedit_lightning.metrics.functional import PromptScores, prompt_scores
 from kedit_lightning.metrics.stopwords import is_content
-from kedit_lightning.models import LanguageModel, Row, collate
-from kedit_lightning.models.generation import buckets
+from kedit_lightning.models import LanguageModel, Row, buckets, collate
 
 CANDIDATES = 20
 """Likeliest next tokens among which a content word is looked for."""
@@ -51,10 +50,6 @@ class Scorer:
                 rows.append(Row(self.base.encode(prompt.rstrip()).ids, [target], {}))
         return self._score(rows)
 
-    def token_nll(self, prompts: Sequence[str], token_ids: Sequence[int]) -> Tensor:
-        """NLL of given next tokens, shape ``(b,)``."""
-        return self.score(prompts, list(token_ids)).nll_sum
-
     @torch.no_grad()
     def next_token(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What the model would say next, as the reference of relation specificity.
@@ -70,8 +65,7 @@ class Scorer:
         content, top = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.long)
         for bucket in buckets([len(row.ids) for row in rows], self.max_tokens):
             batch = collate([rows[i] for i in bucket])
-            logits = self.base.logits(batch)
-            last = logits[torch.arange(len(bucket)), batch.at[Token.PROMPT_LAST].to(logits.device)].float()
+            last = self.base.logits(batch, (torch.arange(len(bucket)), batch.at[Token.PROMPT_LAST])).float()
             for i, ids in zip(bucket, last.topk(min(CANDIDATES, last.shape[1])).indices.tolist(), strict=True):
                 decoded = (str(self.base.tokenizer.decode([token], skip_special_tokens=True)) for token in ids)
                 content[i] = next((t for t, text in zip(ids, decoded, strict=True) if is_content(text)), ids[0])
@@ -86,7 +80,6 @@ class Scorer:
         parts: list[tuple[list[int], PromptScores]] = []
         for bucket in buckets([len(rows[host].ids) for host in hosts], self.max_tokens):
             batch = [hosts[j] for j in bucket]
-            logits = self.base.logits(collate([rows[host] for host in batch]))
             served = [(line, guest) for line, host in enumerate(batch) for guest in guests[host]]
             line, position, target, owner = torch.tensor(
                 [
@@ -94,10 +87,10 @@ class Scorer:
                     for k, (line, guest) in enumerate(served)
                     for j, token in enumerate(rows[guest].targets)
                 ],
-                device=logits.device,
                 dtype=torch.long,
             ).reshape(-1, 4).T  # fmt: skip
-            scores = prompt_scores(logits[line, position], target, owner, len(served))
+            logits = self.base.logits(collate([rows[host] for host in batch]), (line, position))
+            scores = prompt_scores(logits, target.to(logits.device), owner.to(logits.device), len(served))
             parts.append(([guest for _, guest in served], scores))
         return _gather(parts)
 
@@ -121,8 +114,8 @@ def _hosts(ids: Sequence[list[int]]) -> dict[int, list[int]]:
 def _gather(parts: Sequence[tuple[list[int], PromptScores]]) -> PromptScores:
     """The parts' columns in the order of their row numbers, on the CPU."""
     order = torch.tensor([i for rows, _ in parts for i in rows], dtype=torch.long).argsort()
-    names = ("nll_sum", "nll_max", "nll_first", "n_correct", "n_tok")
+    names = ("nll_sum", "nll_max", "n_correct", "n_tok")
     empty = torch.zeros(0)
     columns = (torch.cat([empty, *(getattr(scores, name).cpu() for _, scores in parts)]) for name in names)
-    sums, largest, first, correct, tokens = (column[order] for column in columns)
-    return PromptScores(sums, largest, first, correct.long(), tokens.long())
+    sums, largest, correct, tokens = (column[order] for column in columns)
+    return PromptScores(sums, largest, correct.long(), tokens.long())

@@ -1,7 +1,7 @@
 """The base model: architectures, tokenisation, reading, adding and writing."""
 
 from kedit_lightning.models.architectures import ARCHITECTURES, Architecture
-from kedit_lightning.models.encoding import IGNORE, Batch, Row, collate, encode
+from kedit_lightning.models.encoding import IGNORE, Batch, Row, buckets, collate, encode
 from kedit_lightning.models.language_model import LanguageModel
 from kedit_lightning.models.statistics import Statistics
 
@@ -13,6 +13,7 @@ __all__ = [
     "LanguageModel",
     "Row",
     "Statistics",
+    "buckets",
     "collate",
     "encode",
 ]

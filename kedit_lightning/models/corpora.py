@@ -186,27 +186,5 @@ def tokenise(
     return rows
 
 
-def plan(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Batches of documents of like length.
-
-    Args:
-        lengths: Length of each document.
-        batch_tokens: Tokens of a batch at most, padding counted; a longer document has a batch to itself.
-
-    Returns:
-        Indices of documents, longest first, so that too little memory shows at once.
-
-    >>> plan([2, 5, 1, 4], 10)
-    [[1, 3], [0, 2]]
-    """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

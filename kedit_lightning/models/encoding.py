@@ -98,8 +98,9 @@ def encode(
         target: The continuation, joined to the prompt by one space.
         subject: Character span of the subject in ``prompt``; its token rules are left out without it.
         max_length: Longest row the model can read, in tokens.
-        separate: Tokenise the continuation on its own, as the released codes do. It differs from the joint
-            tokenisation (the default) only where a tokenizer gives a leading space a token of its own.
+        separate: Tokenise the continuation on its own, and put the text of all its tokens but the last behind the
+            prompt, as the released codes do. It differs from the joint tokenisation (the default) only where a
+            tokenizer gives a leading space a token of its own.
 
     Returns:
         The row: ids with the continuation (less its last token), target ids, positions.
@@ -111,26 +112,25 @@ def encode(
     if not tokenizer.is_fast:
         msg = f"expected a fast tokenizer (one that gives character offsets), got {type(tokenizer).__name__}"
         raise ModelError(msg)
-    joint = prompt if target is None or separate else f"{prompt} {target}"
-    encoding = tokenizer(joint, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids: list[int] = encoding["input_ids"]
-    spans: list[tuple[int, int]] = encoding["offset_mapping"]
-    # A tokenizer may close every text with EOS, which is neither prompt nor target.
-    while ids and encoding["special_tokens_mask"][len(ids) - 1] and spans[len(ids) - 1] == (0, 0):
-        ids = ids[:-1]
-    spans = spans[: len(ids)]
+    targets: list[int] = []
+    if target is None:
+        text = prompt
+    elif separate:
+        targets = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
+        text = prompt + str(tokenizer.decode(targets[:-1]))
+    else:
+        text = f"{prompt} {target}"
+    ids, spans = _tokens(tokenizer, text)
     # Special tokens have empty spans; a continuation starts at the first token that ends beyond the prompt.
     length = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
-    targets = ids[length:]
     if separate and target is not None:
-        targets = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
-        ids = ids + targets
-    if target is None:
-        length, targets = len(ids), []
+        # The released codes find the subject in the prompt alone, and count the rest from the row's end.
+        spans, length = _tokens(tokenizer, prompt)[1], len(ids) - len(targets) + 1
+    elif target is not None:
+        targets, ids = ids[length:], ids[: max(len(ids) - 1, length)]
     if length == 0:
         msg = f"expected a prompt of at least one token, got {prompt!r}"
         raise DataError(msg)
-    ids = ids[: length + max(len(targets) - 1, 0)]
     if len(ids) > max_length:
         begin = repr(prompt[:60])
         msg = f"the prompt takes {len(ids)} tokens with its target, the model reads {max_length}: shorten {begin}…"
@@ -146,6 +146,16 @@ def encode(
         positions[Token.SUBJECT_LAST] = inside[-1]
         positions[Token.SUBJECT_AFTER_LAST] = min(inside[-1] + 1, length - 1)
     return Row(ids, targets, positions)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text and their character spans, less the EOS with which a tokenizer may close every text."""
+    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, spans, special = encoding["input_ids"], encoding["offset_mapping"], encoding["special_tokens_mask"]
+    n = len(ids)
+    while n and special[n - 1] and spans[n - 1] == (0, 0):
+        n -= 1
+    return ids[:n], spans[:n]
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -169,3 +179,26 @@ def collate(rows: Sequence[Row]) -> Batch:
             labels[i, n - len(row.targets) : n] = torch.tensor(row.targets)
     shared = [token for token in Token if all(token in row.positions for row in rows)]
     return Batch(input_ids, mask, labels, {k: torch.tensor([row.positions[k] for row in rows]) for k in shared})
+
+
+def buckets(lengths: Sequence[int], max_tokens: int, extra: int = 0) -> list[list[int]]:
+    """Share rows out to batches of similar length.
+
+    Args:
+        lengths: Tokens of each row.
+        max_tokens: Budget of a batch, its padding included; a row beyond it has a batch of its own.
+        extra: Tokens that every row will grow by.
+
+    Returns:
+        Indices of the rows of each batch, longest first.
+
+    >>> buckets([2, 9, 3, 8], max_tokens=18)
+    [[1, 3], [2, 0]]
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + extra) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

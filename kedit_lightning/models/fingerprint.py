@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from kedit_lightning.models.language_model import LanguageModel
 
-SAMPLE = 2048
-"""Entries of a parameter that `fingerprint_below` looks at."""
-
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PROBE = "The 3 rivers of  Åsa's ﬁrst VALLEY\n\tran 1947km, didn't they? 川は流れる… 🙂 (x_1 != y2)"
 """A text with something in it for every rule of a tokenizer; its ids show normalisation and special tokens."""
 
@@ -41,8 +39,8 @@ def fingerprint(base: LanguageModel, names: Sequence[str]) -> str:
 def fingerprint_below(base: LanguageModel, layer: int) -> str:
     """Hash of all that a layer's keys depend on: configuration, tokenisation and the parameters up to that layer.
 
-    It looks at 2,048 evenly spread entries of each parameter, so that a large model takes a moment and not minutes;
-    any training, merging or dense editing of a matrix shows there.
+    Of each parameter it takes the sums of the entries' bits along every axis, as integers: these are exact on every
+    device, show any change of an entry, and take a large model a moment where a hash of all its bytes takes minutes.
 
     Args:
         base: The base model.
@@ -58,11 +56,19 @@ def fingerprint_below(base: LanguageModel, layer: int) -> str:
         if name.startswith(above):
             continue
         value = base.pristine(name) if name.endswith(".weight") else parameter
-        shape = (*value.shape, value.dtype)
-        every = max(value.numel() // SAMPLE, 1)
-        # Strided by rows and columns: flattening a transposed view would copy the whole matrix.
-        step = [max(min(size, round(every ** (1 / value.ndim))), 1) for size in value.shape]
-        _add(digest, f"{name} {shape}", value[tuple(slice(None, None, s) for s in step)])
+        digest.update(f"{name} {(*value.shape, value.dtype)}".encode())
+        bits = value.detach().view(_INTEGERS[value.element_size()])
+        for axis, size in enumerate(bits.shape):
+            digest.update(bits.movedim(axis, 0).reshape(size, -1).sum(dim=1).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors on the CPU with their names and shapes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().data.cast("B"))
     return digest.hexdigest()
 
 

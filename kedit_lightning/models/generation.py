@@ -15,30 +15,8 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.errors import ModelError
+from kedit_lightning.models.encoding import buckets
 from kedit_lightning.models.language_model import LanguageModel
-
-
-def buckets(lengths: Sequence[int], max_tokens: int, extra: int = 0) -> list[list[int]]:
-    """Share rows out to batches of similar length.
-
-    Args:
-        lengths: Tokens of each row.
-        max_tokens: Budget of a batch, its padding included; a row beyond it has a batch of its own.
-        extra: Tokens that every row will grow by.
-
-    Returns:
-        Indices of the rows of each batch, longest first.
-
-    >>> buckets([2, 9, 3, 8], max_tokens=18)
-    [[1, 3], [2, 0]]
-    """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + extra) <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 def generate(
@@ -50,10 +28,9 @@ def generate(
     top_k: int | None = 5,
     seed: int | Sequence[int] = 0,
     max_tokens: int = 8192,
-    stop_at_eos: bool = False,
     with_prompt: bool = False,
 ) -> list[str]:
-    """Continue prompts.
+    """Continue prompts; the end-of-text token is a token like others, left out of the text.
 
     Args:
         base: The model.
@@ -64,7 +41,6 @@ def generate(
         top_k: Sample from the k likeliest tokens, renormalised, at temperature 1; None is greedy.
         seed: Seed of the sampling, one number (each row then has its own stream) or one a prompt.
         max_tokens: Budget of a batch.
-        stop_at_eos: End a text at the end-of-text token; by default it is a token like others, left out of the text.
         with_prompt: Return prompt and continuation rather than the continuation alone.
 
     Returns:
@@ -86,8 +62,7 @@ def generate(
         wanted = list(max_new_tokens or ())
     new = [max(0, min(n, base.max_length - len(row))) for n, row in zip(wanted, rows, strict=True)]
     seeds = _seeds(seed, len(rows)) if isinstance(seed, int) else seed
-    eos = base.tokenizer.eos_token_id if stop_at_eos else None
-    tails = _continue(base, rows, new, top_k, seeds, max_tokens, eos)
+    tails = _continue(base, rows, new, top_k, seeds, max_tokens)
     texts = [_tail_text(base, row, tail) for row, tail in zip(rows, tails, strict=True)]
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)] if with_prompt else texts
 
@@ -140,29 +115,26 @@ def _continue(
     top_k: int | None,
     seeds: Sequence[int],
     max_tokens: int,
-    eos: int | None = None,
 ) -> list[list[int]]:
-    """Token ids that follow each row, ``new[i]`` of them or fewer if `eos` comes first."""
+    """Token ids that follow each row, ``new[i]`` of them."""
     tails: list[list[int]] = [[] for _ in rows]
     wanted = [i for i, steps in enumerate(new) if steps > 0]
     extra = max(new, default=0)
     for batch in buckets([len(rows[i]) for i in wanted], max_tokens, extra):
         at = [wanted[j] for j in batch]
         noise = None if top_k is None else _noise([seeds[i] for i in at], max(new[i] for i in at), top_k)
-        found = _steps(base, [rows[i] for i in at], max(new[i] for i in at), noise, eos)
+        found = _steps(base, [rows[i] for i in at], max(new[i] for i in at), noise)
         for i, tail in zip(at, found.tolist(), strict=True):
-            end = tail.index(eos) if eos in tail else len(tail)
-            tails[i] = tail[: min(end, new[i])]
+            tails[i] = tail[: new[i]]
     return tails
 
 
-def _steps(base: LanguageModel, rows: Sequence[list[int]], steps: int, noise: Tensor | None, eos: int | None) -> Tensor:
-    """The next tokens of left-padded rows, on the CPU, shape ``(b, steps)`` or shorter once all rows have ended."""
+def _steps(base: LanguageModel, rows: Sequence[list[int]], steps: int, noise: Tensor | None) -> Tensor:
+    """The next tokens of left-padded rows, on the CPU, shape ``(b, steps)``."""
     width, device = max(len(row) for row in rows), base.device
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     position, cache, found = (mask.cumsum(dim=1) - 1).clamp(min=0), None, []
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for step in range(steps):
         output = base.model(
             input_ids=ids,
@@ -175,9 +147,6 @@ def _steps(base: LanguageModel, rows: Sequence[list[int]], steps: int, noise: Te
         cache = output.past_key_values
         ids = _choose(output.logits[:, -1].float(), None if noise is None else noise[:, step]).to(device)
         found.append(ids)
-        ended |= ids[:, 0] == eos if eos is not None else False
-        if ended.all():
-            break
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         # A row that has its tokens already runs on with its batch; its surplus is cut off later.
         position = (position[:, -1:] + 1).clamp(max=base.max_length - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor, distributed
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import StatisticsError
 from kedit_lightning.interrupts import interrupts_passed_on
-from kedit_lightning.models.corpora import plan
-from kedit_lightning.models.encoding import Batch, Row, collate
+from kedit_lightning.models.encoding import Batch, Row, buckets, collate
 from kedit_lightning.models.language_model import LanguageModel
+from kedit_lightning.models.quiet import quiet
 from kedit_lightning.models.second_moment import SecondMoment
 
 
@@ -60,7 +60,7 @@ class KeyPass(LightningModule):
 
     def test_dataloader(self) -> _Share:
         """This process's share of the batches."""
-        batches = plan([len(ids) for ids in self.documents], self.batch_tokens)
+        batches = buckets([len(ids) for ids in self.documents], self.batch_tokens)
         rank, processes = ranks()
         return _Share(self.documents, batches[rank::processes])
 
@@ -89,7 +89,7 @@ class KeyPass(LightningModule):
             For each site the sum of ``k kᵀ``, shape ``(k, k)``, on the CPU, and the number of keys.
         """
         trainer = _trainer(accelerator, devices)
-        with self.base.unedited(), interrupts_passed_on(), _quiet():
+        with self.base.unedited(), interrupts_passed_on(), _without_tips():
             trainer.test(self, verbose=False)
         sums = {}
         for site in list(self.moments):
@@ -129,7 +129,7 @@ class _Progress(TQDMProgressBar):
 def _trainer(accelerator: str, devices: int) -> Trainer:
     rank, _ = ranks()
     watched = rank == 0 and sys.stderr.isatty()
-    with _quiet():
+    with _without_tips():
         return Trainer(
             accelerator=accelerator,
             devices=devices,
@@ -153,13 +153,6 @@ def ranks() -> tuple[int, int]:
     return 0, 1
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _without_tips() -> AbstractContextManager[None]:
     """Without Lightning's notes on devices and tips."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return quiet("lightning.pytorch", level=logging.WARNING)

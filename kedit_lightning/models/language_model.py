@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from kedit_lightning.models.architectures import Architecture
 from kedit_lightning.models.encoding import Batch, Row, encode
 from kedit_lightning.models.loading import find_architecture, load
 from kedit_lightning.models.weights import HALVES, EditableWeights, math_view
+from kedit_lightning.solvers import double
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _FLOATS = (torch.float32, torch.float64, *HALVES)  # 8-bit floats are quantised weights
@@ -111,11 +112,6 @@ class LanguageModel(EditableWeights):
         return str(next(self.layers.parameters()).dtype).removeprefix("torch.")
 
     @property
-    def width(self) -> int:
-        """Width d of the residual stream."""
-        return int(self.model.config.get_text_config().hidden_size)
-
-    @property
     def device(self) -> torch.device:
         """Device of the first block."""
         device: torch.device = next(self.layers[0].parameters()).device
@@ -186,17 +182,26 @@ class LanguageModel(EditableWeights):
         """Tokenise a prompt with its continuation; see `models.encoding.encode`."""
         return encode(self.tokenizer, prompt, target, subject, max_length=self.max_length, separate=separate)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Next-token logits, shape ``(b, t, vocabulary)``."""
+    def logits(self, batch: Batch, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            batch: b rows of t tokens.
+            at: Row and position of p tokens, both of shape ``(p,)``: the model's head is run on these only.
+
+        Returns:
+            Shape ``(b, t, vocabulary)``, or ``(p, vocabulary)`` with ``at``.
+        """
         batch = batch.to(self.device)
-        out = self.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        with self._head_at(at) if at else nullcontext():
+            out = self.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
         logits: Tensor = out.logits
-        return logits
+        return logits[0] if at else logits
 
     def run(self, batch: Batch, layer: int) -> None:
         """Run the model on a batch up to a layer, for what `tap` keeps."""
@@ -296,9 +301,26 @@ class LanguageModel(EditableWeights):
     @torch.no_grad()
     def project(self, site: Site, key: Tensor) -> Tensor:
         """What a site's linear map makes of a key, bias included; float64, shape ``(d,)`` from ``(k,)``."""
-        value = self.master(self.name(site)).double() @ key.double()
+        value = double(self.master(self.name(site))) @ double(key)
         bias = self.linear(site).bias
-        return value if bias is None else value + bias.double()  # type: ignore[operator]
+        return value if bias is None else value + double(bias)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _head_at(self, at: tuple[Tensor, Tensor]) -> Iterator[None]:
+        """Give the head, during the forward passes inside the context, one row of the hidden states at some tokens.
+
+        What follows the head, such as a soft-cap or a scale, is thereby the model's own.
+        """
+
+        def pick(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+            row, position = (index.to(args[0].device) for index in at)
+            return args[0][row, position][None]
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def _until(self, layer: int) -> Iterator[None]:

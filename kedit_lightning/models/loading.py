@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from transformers import (
 
 from kedit_lightning.errors import ModelError
 from kedit_lightning.models.architectures import ARCHITECTURES, Architecture
+from kedit_lightning.models.quiet import quiet
 
 _GIVE = "give a Hugging Face name, a model folder, or `almanac`"
 
@@ -53,7 +51,7 @@ def load(
         elif _is_path(name):
             msg = f"there is no such folder; {_GIVE}"
             raise FileNotFoundError(msg)
-        with _quiet():
+        with quiet("transformers", "huggingface_hub"):  # what matters of their warnings is raised as an error
             config = AutoConfig.from_pretrained(name, **where)
             find_architecture(config, architecture)
             part = "tokenizer"
@@ -128,17 +126,3 @@ def _reason(error: Exception) -> str:
     if "does not recognize" in text:
         return text.split(". ")[0]
     return text or type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the loaders' warnings: what matters of them is raised as an error."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kedit_lightning import delta
 from kedit_lightning.errors import StatisticsError
+from kedit_lightning.models.fingerprint import checksum
+from kedit_lightning.writing import write_beside
 
 FORMAT = "kedit-statistics-1"
 Moment = tuple[Tensor, int | None]
@@ -36,8 +37,9 @@ def save(path: Path, moment: Tensor, count: int, about: dict[str, str]) -> None:
         about: What it was computed from, for the file's header.
     """
     tensors = {"moment": moment, "count": torch.tensor(count)}
-    header = {"format": FORMAT, **about, "definition": "moment = sum of k k^T over count keys; C = moment / count"}
-    delta.write_beside(path, lambda beside: save_file(tensors, beside, header))
+    definition = "moment = sum of k k^T over count keys; C = moment / count"
+    header = {"format": FORMAT, **about, "definition": definition, "sha256": checksum(tensors)}
+    write_beside(path, lambda beside: save_file(tensors, beside, header))
 
 
 def load(path: Path, name: str, width: int, model: str | None = None) -> Moment:
@@ -102,8 +104,12 @@ def _load_safetensors(file: Path, name: str, model: str | None) -> Moment:
             if expected is not None and got != expected:
                 msg = f"{file}: the second moment is of another {what}: expected {expected}, got {got}"
                 raise StatisticsError(msg)
-        count = int(tensors.get_tensor("count"))
-        return tensors.get_tensor("moment") / count, count
+        found = {key: tensors.get_tensor(key) for key in keys}
+        if checksum(found) != about["sha256"]:
+            msg = "the checksum does not fit"
+            raise SafetensorError(msg)
+        count = int(found["count"])
+        return found["moment"] / count, count
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from kedit_lightning.errors import StatisticsError
+from kedit_lightning.solvers import double
 
 log = logging.getLogger(__name__)
 ILL_CONDITIONED = 1e10
@@ -43,8 +44,8 @@ class SecondMoment(Metric):
 
     def update(self, keys: Tensor) -> None:
         """Add keys of shape ``(n, k)``."""
+        keys = double(keys) if self.moment.dtype == torch.float64 else keys.to(self.moment.dtype)
         self.moment, self.count = self.moment.to(keys.device), self.count.to(keys.device)
-        keys = keys.to(self.moment.dtype)
         self.moment.addmm_(keys.T, keys)
         self.count += len(keys)
 
@@ -141,9 +142,10 @@ class KeyStatistics:
         return factor
 
     def solve(self, keys: Tensor) -> Tensor:
-        """``C⁻¹ k`` for keys of shape ``(k,)`` or ``(n, k)``; float64, same shape and device."""
+        """``C⁻¹ k`` for keys of shape ``(k,)`` or ``(n, k)``; float64, same shape and (if it has float64) device."""
+        keys = double(keys)
         factor = self.factor(keys.device)
-        columns = keys.to(factor.device, torch.float64).reshape(-1, self.width).T
+        columns = keys.to(factor.device).reshape(-1, self.width).T
         return torch.cholesky_solve(columns, factor).T.reshape(keys.shape).to(keys.device)
 
     def _roomy(self, device: torch.device | None) -> torch.device:
@@ -168,4 +170,4 @@ class Identity(KeyStatistics):
 
     def solve(self, keys: Tensor) -> Tensor:
         """The keys themselves, in float64."""
-        return keys.double()
+        return double(keys)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +15,8 @@ from safetensors import SafetensorError
 from torch import distributed
 
 from kedit_lightning import __version__
-from kedit_lightning.edits import Part, Site
+from kedit_lightning.cache import cache_dir
+from kedit_lightning.edits import Site
 from kedit_lightning.errors import KeditError, StatisticsError
 from kedit_lightning.models import moment_files
 from kedit_lightning.models.corpora import Corpus, tokenise
@@ -29,6 +29,8 @@ __all__ = ["KeyStatistics", "SecondMoment", "Statistics", "compute"]
 
 log = logging.getLogger(__name__)
 TOKENS_PER_DIMENSION = 10
+KEYWORDS = ("almanac", "identity")
+"""Sources that are no files."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,16 @@ class Statistics:
         widths = {site: base.weight(site).shape[1] for site in sites}
         if self.source == "identity":
             return {site: Identity(widths[site], names[site]) for site in names}
-        if path := moment_files.given(self.source):
+        if path := self.given:
             found = {s: moment_files.load(path, names[s], widths[s], fingerprint_below(base, s.layer)) for s in names}
         else:
             found = self._computed(base, names, widths, accelerator, devices)
         return {s: KeyStatistics(mean, count, self.ridge, names[s]) for s, (mean, count) in found.items()}
+
+    @property
+    def given(self) -> Path | None:
+        """The statistics file or folder that is meant, if one is; a folder may well be called ``almanac``."""
+        return None if self.source in KEYWORDS else moment_files.given(self.source)
 
     def files(self, base: LanguageModel, sites: Sequence[Site]) -> dict[Site, Path]:
         """Where the computed statistics of sites are kept, or would be."""
@@ -197,18 +204,17 @@ class Statistics:
 
     def _path(self, about: dict[str, str]) -> Path:
         """The file of a site's statistics; its name ends in a hash of everything that changes the answer."""
-        home = Path(os.environ.get("KEDIT_CACHE", "~/.cache/kedit_lightning")) / "statistics"
+        home = Path(self.cache_dir).expanduser() if self.cache_dir else cache_dir() / "statistics"
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        return Path(self.cache_dir or home).expanduser() / f"{about['module']}_{self.mom2_dtype}_mom2_{key}.safetensors"
+        return home / f"{about['module']}_{self.mom2_dtype}_mom2_{key}.safetensors"
 
 
 def compute(
     base: LanguageModel,
     statistics: Statistics,
-    layers: Sequence[int],
-    parts: Sequence[Part] = ("mlp",),
+    sites: Sequence[Site],
     *,
-    accelerator: str = "auto",
+    accelerator: str | None = None,
     devices: int = 1,
 ) -> list[Path]:
     """Compute second moments and keep them on disk, for editing runs to find.
@@ -216,20 +222,18 @@ def compute(
     Args:
         base: The base model.
         statistics: What to compute.
-        layers: Layers whose keys are wanted.
-        parts: Which of their parts, mlp or attn.
-        accelerator: Where to run, as in Lightning's Trainer.
+        sites: Sites with a weight (attn or mlp), whose keys are wanted.
+        accelerator: Lightning's name of where the model is to run; by default it stays where it is.
         devices: Processes to start.
 
     Returns:
-        The files, one a layer and part.
+        The files, one a site.
 
     Raises:
         StatisticsError: There is nothing to compute from this source, or the files cannot be written.
     """
-    sites = [Site(layer, part) for layer in layers for part in parts]
-    source = statistics.source
-    if source == "identity" or moment_files.given(source):
+    if statistics.source == "identity" or statistics.given:
+        source = statistics.source
         msg = f"nothing to compute: `statistics.source` is {source}; expected almanac, a text file or a dataset"
         raise StatisticsError(msg)
     statistics.second_moments(base, sites, accelerator=accelerator, devices=devices)

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from kedit_lightning.almanac import World
 from kedit_lightning.almanac.corpus import Corpus
+from kedit_lightning.almanac.losses import losses
 from kedit_lightning.almanac.optimizer import MuonAdam, orthogonalise
-from kedit_lightning.almanac.pretrain import losses, main, rescale
+from kedit_lightning.almanac.pretrain import main, rescale
 from kedit_lightning.almanac.rows import PackedRows, Rows
 from kedit_lightning.almanac.tasks import normalise
 from kedit_lightning.almanac.tokenizer import WordEncoder, train_tokenizer

@@ -26,8 +26,7 @@ DOWN = {"gpt2": "mlp.c_proj", "gptj": "mlp.fc_out", "llama": "mlp.down_proj"}
 class Slow:
     """One model, its tokenizer, the context templates and the second moment of one layer's keys.
 
-    With ``joined`` the ids of the target are put after those of the prompt; without, its text is, as the released codes
-    do it (1.1). The two are the same but for tokenizers that decode a leading space of its own to nothing.
+    The text of a target's tokens is put after the prompt, as the released codes do it (1.1).
     """
 
     def __init__(
@@ -36,11 +35,8 @@ class Slow:
         tokenizer: PreTrainedTokenizerBase,
         contexts: Sequence[str],
         hparams: dict[str, Any],
-        *,
-        joined: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.contexts, self.hparams = model, tokenizer, contexts, hparams
-        self.joined = joined
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.layer = hparams["layers"][0]
@@ -142,10 +138,7 @@ class Slow:
         targets = self.target_ids(request)
         templates = [context.format(request["prompt"]) for context in self.contexts] + ["{} is a"]
         texts = [template.format(request["subject"]) for template in templates]
-        if self.joined:
-            rows = [self.ids(text) + targets[:-1] for text in texts[:-1]]
-        else:
-            rows = [self.ids(text + self.tokenizer.decode(targets[:-1])) for text in texts[:-1]]
+        rows = [self.ids(text + self.tokenizer.decode(targets[:-1])) for text in texts[:-1]]
         rows.append(self.ids(texts[-1]))
         if at_subject:
             at = [self.subject_last(template, request["subject"]) for template in templates]
@@ -282,8 +275,6 @@ def write_case(
     contexts: Sequence[str],
     hparams: dict[str, Any],
     moment: tuple[Tensor, int] | None = None,
-    *,
-    joined: bool = False,
 ) -> None:
     """Record a case in the form of ../shared/golden.
 
@@ -297,12 +288,11 @@ def write_case(
         contexts: Context templates, the bare one first.
         hparams: Hyper-parameters under the released names.
         moment: Second moment of the edited layer's keys and the number of tokens; None takes the identity.
-        joined: See `Slow`.
     """
     if not (folder / "models" / name).exists():
         model.save_pretrained(folder / "models" / name)
         tokenizer.save_pretrained(folder / "models" / name)
-    slow = Slow(model, tokenizer, contexts, hparams, joined=joined)
+    slow = Slow(model, tokenizer, contexts, hparams)
     if moment is None:
         moment = torch.eye(slow.down.weight.shape[1 - int(not isinstance(slow.down, nn.Linear))]), 1
     for request in requests:

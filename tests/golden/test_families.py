@@ -62,10 +62,7 @@ def record(
     slow = reference.Slow(model, words, CONTEXTS, hparams)
     moment = reference.second_moment(slow, corpus()[:60]) if hparams["mom2_adjustment"] else None
     name = f"{family}-{kind}".replace("_", "-")
-    joined = kind == "spm"
-    reference.write_case(
-        folder, editor, name, model, words, _requests(numbers), CONTEXTS, hparams, moment, joined=joined
-    )
+    reference.write_case(folder, editor, name, model, words, _requests(numbers), CONTEXTS, hparams, moment)
 
 
 @pytest.mark.parametrize("editor", ["ROME", "TOP"])

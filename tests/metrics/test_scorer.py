@@ -7,7 +7,7 @@ from kedit_lightning.metrics.stopwords import is_content
 
 PROMPTS = ["The mother tongue of Ann is", "It is", "It is", "A much longer prompt, so that padding matters, says", "B"]
 TARGETS = ["Dutch", "a", "b", "Greek or so", "x y"]
-COLUMNS = ("nll_sum", "nll_max", "nll_first", "n_correct", "n_tok")
+COLUMNS = ("nll_sum", "nll_max", "n_correct", "n_tok")
 
 
 def slow(base, prompt, target):
@@ -19,7 +19,7 @@ def slow(base, prompt, target):
         log_p = base.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     nll = [-log_p[len(start) + j - 1, token].item() for j, token in enumerate(answer)]
     hits = [int(log_p[len(start) + j - 1].argmax() == token) for j, token in enumerate(answer)]
-    return sum(nll), max(nll), nll[0], sum(hits), len(answer)
+    return sum(nll), max(nll), sum(hits), len(answer)
 
 
 def test_scores_equal_those_of_one_prompt_at_a_time(base):
@@ -41,7 +41,7 @@ def test_the_token_budget_does_not_change_scores(base, max_tokens):
 def test_rows_that_begin_other_rows_need_no_forward_pass_of_their_own(base, monkeypatch):
     seen = []
     logits = base.logits
-    monkeypatch.setattr(base, "logits", lambda batch: seen.append(len(batch)) or logits(batch))
+    monkeypatch.setattr(base, "logits", lambda batch, at: seen.append(len(batch)) or logits(batch, at))
     prompt = "The mother tongue of Ann is"
     scores = Scorer(base).score([prompt] * 4, ["Dutch", "Du", 5, "Danish"])
     assert sum(seen) == 2
@@ -51,8 +51,23 @@ def test_rows_that_begin_other_rows_need_no_forward_pass_of_their_own(base, monk
 
 def test_the_nll_of_a_token_equals_that_of_its_text(base):
     space = base.tokenizer(" ")["input_ids"][0]
-    by_id = Scorer(base).token_nll(PROMPTS, [space] * len(PROMPTS))
-    torch.testing.assert_close(by_id, Scorer(base).score(PROMPTS, TARGETS).nll_first)
+    by_id = Scorer(base).score([*PROMPTS], [space] * len(PROMPTS))
+    spaces = [base.tokenizer(f"{prompt} ")["input_ids"] for prompt in PROMPTS]
+    with torch.no_grad():
+        expected = [-base.model(torch.tensor([ids])).logits[0, -2].log_softmax(-1)[space].item() for ids in spaces]
+    torch.testing.assert_close(by_id.nll_sum, torch.tensor(expected))
+
+
+def test_the_head_is_run_on_target_positions_only(base):
+    seen = []
+    hook = base.model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[:-1].numel()))
+    try:
+        answer = base.tokenizer(" Dutch")["input_ids"]
+        Scorer(base).score(["It is", "The mother tongue of Ann is"], ["Dutch", "Dutch"])
+        Scorer(base).next_token(PROMPTS)
+    finally:
+        hook.remove()
+    assert seen == [2 * len(answer), len(PROMPTS)]
 
 
 def test_white_space_at_the_end_of_a_prompt_is_not_scored(base):

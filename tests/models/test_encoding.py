@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kedit_lightning.edits import Token
 from kedit_lightning.errors import DataError, ModelError
-from kedit_lightning.models import IGNORE, Batch, Row, collate, encode
+from kedit_lightning.models import IGNORE, Batch, Row, buckets, collate, encode
 from tests.families import EDITS, FAMILY_CONFIGS, POSITIONS, TOKENIZERS, build, tokenizer
 
 PROMPTS = {
@@ -97,10 +97,11 @@ def test_positions_do_not_depend_on_the_target(kind: str, shaped: tuple[str, tup
     text, span = shaped
     alone = one(kind, text, None, span)
     for target in TARGETS:
-        for separate in (False, True):
-            row = one(kind, text, target, span, separate=separate)
-            assert row.positions == alone.positions
-            assert prompt_ids(row) == alone.ids
+        row = one(kind, text, target, span)
+        assert row.positions == alone.positions
+        assert prompt_ids(row) == alone.ids
+        separate = one(kind, text, target, span, separate=True)
+        assert separate.positions[Token.SUBJECT_LAST] == alone.positions[Token.SUBJECT_LAST]
 
 
 def test_bos_once_and_never_in_the_target(kind: str, shaped: tuple[str, tuple[int, int]]) -> None:
@@ -126,16 +127,22 @@ def test_joint_ids_are_those_of_the_whole_string(kind: str, shaped: tuple[str, t
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_separate_differs_only_by_a_dummy_prefix(kind: str, target: str) -> None:
+def test_separate_is_the_released_codes_row(kind: str, target: str) -> None:
+    """The target's own ids; the text of all but the last behind the prompt; places counted from the row's end."""
     text, span = full(*PROMPTS["middle"])
-    joint, separate = one(kind, text, target, span), one(kind, text, target, span, separate=True)
+    words, joint, separate = (
+        tokenizer(kind),
+        one(kind, text, target, span),
+        one(kind, text, target, span, separate=True),
+    )
+    ids = words(f" {target}", add_special_tokens=False)["input_ids"]
+    assert separate.targets == ids
+    assert separate.ids == words(text + words.decode(ids[:-1]))["input_ids"]
+    assert separate.positions[Token.PROMPT_LAST] == len(separate.ids) - len(ids)
     if kind == "spm":
-        lone = tokenizer("spm").convert_tokens_to_ids("▁")
-        # Where the joint target starts in a lone ▁ by itself, the released codes' dummy prefix makes it two.
-        assert separate.targets == [lone, *joint.targets]
-        assert separate.ids == [*prompt_ids(joint), lone, *joint.targets[:-1]]
-        assert separate.positions == joint.positions
-    else:
+        # Where the joint target starts in a lone ▁ by itself, the dummy prefix makes it two.
+        assert ids == [words.convert_tokens_to_ids("▁"), *joint.targets]
+    elif target.isascii():
         assert separate == joint
 
 
@@ -151,19 +158,17 @@ def models() -> dict[str, PreTrainedModel]:
     return {kind: build("llama", kind=kind, **FAMILY_CONFIGS["llama"]) for kind in TOKENIZERS}
 
 
-@pytest.mark.parametrize("separate", [False, True])
-def test_labels_give_plain_transformers_loss(kind: str, separate: bool, models: dict[str, PreTrainedModel]) -> None:
+def test_labels_give_plain_transformers_loss(kind: str, models: dict[str, PreTrainedModel]) -> None:
     """Reading the labels without a shift is Hugging Face's shifted loss over the target tokens."""
     model, words = models[kind], tokenizer(kind)
     cases = [(full(*prompt)[0], target) for prompt, target in zip(PROMPTS.values(), TARGETS * 3, strict=False)]
-    batch = collate([one(words, *case, separate=separate) for case in cases])
+    batch = collate([one(words, *case) for case in cases])
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         losses = torch.nn.functional.cross_entropy(logits.mT, batch.labels, reduction="none", ignore_index=IGNORE)
         for i, (prompt, target) in enumerate(cases):
             head = words(prompt)["input_ids"]
-            tail = words(f" {target}", add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([head + tail if separate else words(f"{prompt} {target}")["input_ids"]])
+            ids = torch.tensor([words(f"{prompt} {target}")["input_ids"]])
             labels = ids.clone()
             labels[:, : len(head)] = IGNORE
             expected = model(input_ids=ids, labels=labels).loss
@@ -339,3 +344,11 @@ def test_to_moves_every_tensor(rows: list[Row]) -> None:
 def test_position_ids_count_from_zero(rows: list[Row]) -> None:
     positions = collate(rows).position_ids
     assert torch.equal(positions, torch.arange(positions.shape[1]).repeat(len(rows), 1))
+
+
+def test_buckets_hold_every_row_once_within_the_budget() -> None:
+    lengths = [3, 50, 7, 7, 20, 1, 90]
+    found = buckets(lengths, 60, extra=5)
+    assert sorted(i for batch in found for i in batch) == list(range(7))
+    assert all(len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 5) <= 60 for batch in found)
+    assert buckets([], 10) == []

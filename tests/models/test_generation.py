@@ -5,7 +5,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from kedit_lightning.errors import DataError, ModelError
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.models.generation import buckets, generate, normalise, sample
+from kedit_lightning.models.generation import generate, normalise, sample
 
 PROMPTS = ["The mother tongue of Ann is", "It", "A much longer prompt, so that padding matters, says"]
 
@@ -48,9 +48,9 @@ def test_greedy_text_equals_one_token_at_a_time(base, max_tokens):
 
 def test_greedy_text_equals_that_of_transformers(base):
     inputs = base.tokenizer(PROMPTS[0], return_tensors="pt")
-    ids = base.model.generate(**inputs, do_sample=False, max_new_tokens=10, pad_token_id=0)
+    ids = base.model.generate(**inputs, do_sample=False, max_new_tokens=10, pad_token_id=0, eos_token_id=-1)
     expected = base.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert generate(base, PROMPTS, max_new_tokens=10, top_k=None, stop_at_eos=True)[0] == expected
+    assert generate(base, PROMPTS, max_new_tokens=10, top_k=None)[0] == expected
 
 
 def test_total_length_counts_the_prompt_and_stays_within_the_context(base):
@@ -89,7 +89,7 @@ def test_sampling_draws_from_the_renormalised_top_k(base):
         assert texts.count(text) / n == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
 
 
-def test_end_of_text_is_a_token_like_others_unless_asked(base):
+def test_end_of_text_is_a_token_like_others(base):
     eos = base.tokenizer.eos_token_id
     head = base.model.lm_head.weight
     kept = head.detach().clone()
@@ -99,7 +99,6 @@ def test_end_of_text_is_a_token_like_others_unless_asked(base):
             head[:eos] *= 0
             base.model.transformer.ln_f.bias += 1
             head[eos] += 1
-        assert generate(base, ["It"], max_new_tokens=5, top_k=None, stop_at_eos=True) == [""]
         assert generate(base, ["It"], max_new_tokens=5, top_k=None, with_prompt=True) == ["It"]
     finally:
         with torch.no_grad():
@@ -152,11 +151,3 @@ def test_sampling_without_any_start_token_says_what_to_do():
 
 def test_normalised_text():
     assert normalise("ﬁne\n\ntext") == "fine text"
-
-
-def test_buckets_hold_every_row_once_within_the_budget():
-    lengths = [3, 50, 7, 7, 20, 1, 90]
-    found = buckets(lengths, 60, extra=5)
-    assert sorted(i for batch in found for i in batch) == list(range(7))
-    assert all(len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 5) <= 60 for batch in found)
-    assert buckets([], 10) == []

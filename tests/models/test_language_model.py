@@ -62,7 +62,7 @@ def test_plain_frozen_and_in_eval_mode(base: LanguageModel) -> None:
     assert not isinstance(base, nn.Module), "Lightning moves, broadcasts and saves whatever is registered"
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    assert (base.num_layers, base.width, base.max_length) == (LAYERS, WIDTH, POSITIONS)
+    assert (base.num_layers, base.max_length) == (LAYERS, POSITIONS)
     assert base.device == torch.device("cpu")
 
 
@@ -136,6 +136,39 @@ def test_logits_are_plain_transformers(base: LanguageModel) -> None:
         with torch.no_grad():
             alone = base.model(input_ids=ids[None, :n]).logits[0]
         torch.testing.assert_close(row[:n], alone, atol=1e-5, rtol=1e-5)
+
+
+def read_at(base: LanguageModel, batch: Batch) -> None:
+    """Logits at some places, a row several times and another never, against all of them; the head sees no more."""
+    row, position = torch.tensor([2, 0, 2, 5, 2]), torch.tensor([3, 0, 1, 4, 3])
+    seen: list[int] = []
+    head = base.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, __, output: seen.append(output.numel() // output.shape[-1]))
+    found = base.logits(batch, (row, position))
+    hook.remove()
+    assert seen == [len(row)]
+    torch.testing.assert_close(found, base.logits(batch)[row, position], atol=1e-5, rtol=1e-5)
+    assert hooks(base) == 0
+
+
+def test_logits_at_positions_are_the_logits_there(base: LanguageModel) -> None:
+    read_at(base, batch_of(base))
+
+
+def test_logits_at_positions_carry_gradients_and_leave_no_hook_behind(base: LanguageModel) -> None:
+    batch = batch_of(base)
+    at, places = batch.at[Token.SUBJECT_LAST], (torch.arange(len(batch)), batch.at[Token.PROMPT_LAST])
+    gradients = []
+    for whole in (False, True):
+        vectors = torch.zeros(len(batch), WIDTH, requires_grad=True)
+        with base.add(Site(MIDDLE, "mlp"), at, vectors):
+            logits = base.logits(batch)[places] if whole else base.logits(batch, places)
+        gradients.append(torch.autograd.grad(logits.log_softmax(-1)[:, 7].sum(), vectors)[0])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+    assert gradients[0].norm() > 0
+    with pytest.raises(IndexError):
+        base.logits(batch, (torch.tensor([0]), torch.tensor([9999])))
+    assert hooks(base) == 0
 
 
 def test_row_alone_is_row_in_batch(base: LanguageModel) -> None:
@@ -563,7 +596,8 @@ def test_family_given_by_its_paths(other: str) -> None:
     base = LanguageModel.wrap(model, words, architecture)
     batch = batch_of(base)
     at = batch.at[Token.SUBJECT_LAST]
-    assert (base.num_layers, base.width) == (LAYERS, WIDTH)
+    assert base.num_layers == LAYERS
+    read_at(base, batch)
     for part in WEIGHTED:
         site = Site(MIDDLE, part)
         key, value = base.keys(batch, {site: at})[site], base.read(batch, {site: at})[site]

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kedit_lightning import almanac
+from kedit_lightning.cache import cache_dir
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import StatisticsError
 from kedit_lightning.models import LanguageModel
@@ -235,7 +236,7 @@ def test_a_layer_above_the_site_does_not_count(gpt2_base: LanguageModel, statist
 def test_the_file_says_what_it_is(gpt2_base: LanguageModel, statistics: Statistics) -> None:
     from safetensors import safe_open
 
-    [path] = compute(gpt2_base, statistics, [1], accelerator="cpu")
+    [path] = compute(gpt2_base, statistics, SITES[:1])
     with safe_open(path, "pt") as file:
         about = file.metadata()
     assert about["module"] == "transformer.h.1.mlp.c_proj"
@@ -245,14 +246,16 @@ def test_the_file_says_what_it_is(gpt2_base: LanguageModel, statistics: Statisti
 
 
 def test_compute_gives_the_files(gpt2_base: LanguageModel, statistics: Statistics) -> None:
-    paths = compute(gpt2_base, statistics, [0, 1], ("mlp", "attn"), accelerator="cpu")
-    assert len(paths) == 4
+    paths = compute(gpt2_base, statistics, SITES)
+    assert paths == list(statistics.files(gpt2_base, SITES).values())
     assert all(path.is_file() for path in paths)
     with pytest.raises(StatisticsError, match="nothing to compute"):
-        compute(gpt2_base, Statistics("identity"), [0])
+        compute(gpt2_base, Statistics("identity"), SITES)
+    with pytest.raises(StatisticsError, match="nothing to compute"):
+        compute(gpt2_base, Statistics(str(paths[0])), SITES[:1])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "one bit"])
 def test_a_damaged_file_is_made_again(
     gpt2_base: LanguageModel, statistics: Statistics, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -260,7 +263,12 @@ def test_a_damaged_file_is_made_again(
     [path] = statistics.files(gpt2_base, SITES[:1]).values()
     whole = path.read_bytes()
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not a view of the file
-    path.write_bytes({"truncated": whole[: len(whole) // 2], "garbage": b"x" * 99, "empty": b""}[damage])
+    flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
+    path.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "garbage": b"x" * 99, "empty": b"", "one bit": flipped}[damage]
+    )
+    with pytest.raises(StatisticsError, match=r"corrupt, truncated or of another kind .* take another copy"):
+        Statistics(str(path)).second_moments(gpt2_base, SITES[:1])
     again = statistics.second_moments(gpt2_base, SITES[:1])
     assert torch.equal(first[SITES[0]].mean, again[SITES[0]].mean)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
@@ -280,7 +288,7 @@ def test_a_full_disk_costs_the_file_but_not_the_run(
     assert "No space left" in caplog.text
     assert list(Path(str(statistics.cache_dir)).iterdir()) == []
     with pytest.raises(StatisticsError, match="could not be written"):
-        compute(gpt2_base, statistics, [1], accelerator="cpu")
+        compute(gpt2_base, statistics, SITES[:1])
 
 
 def test_an_interrupt_leaves_nothing(
@@ -328,6 +336,29 @@ def test_unusable_text(gpt2_base: LanguageModel, text: Path, content: bytes | No
         text.write_bytes(content)
     with pytest.raises(StatisticsError, match=message):
         Statistics(str(text), cache_dir=str(text.parent)).second_moments(gpt2_base, SITES)
+
+
+@pytest.mark.parametrize("cache", [None, "", "~/somewhere"])
+def test_the_cache_is_the_same_for_all(gpt2_base: LanguageModel, monkeypatch: pytest.MonkeyPatch, cache: Any) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.delenv("KEDIT_CACHE", raising=False)
+    if cache is not None:
+        monkeypatch.setenv("KEDIT_CACHE", cache)
+    home = Path("/home/somebody") / ("somewhere" if cache else ".cache/kedit_lightning")
+    assert cache_dir() == home
+    assert {path.parent for path in Statistics().files(gpt2_base, SITES).values()} == {home / "statistics"}
+
+
+def test_a_folder_of_that_name_is_not_the_almanac(
+    gpt2_base: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for keyword in ("almanac", "identity"):
+        (tmp_path / keyword).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(almanac, "documents", lambda n, seed: DOCUMENTS[:n])
+    found = Statistics(cache_dir=str(tmp_path / "kept"), n_samples=5, tokens="full")
+    assert found.second_moments(gpt2_base, SITES[:1])[SITES[0]].count
+    assert [path.is_file() for path in compute(gpt2_base, found, SITES[:1])] == [True]
 
 
 def test_the_almanac_is_the_default(gpt2_base: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -450,7 +481,7 @@ def test_means_under_module_names(gpt2_base: LanguageModel, tmp_path: Path) -> N
 
 
 def test_our_own_file_by_name_and_of_another_model(gpt2_base: LanguageModel, statistics: Statistics) -> None:
-    [path] = compute(gpt2_base, statistics, [1], accelerator="cpu")
+    [path] = compute(gpt2_base, statistics, SITES[:1])
     found = Statistics(str(path.parent)).second_moments(gpt2_base, SITES[:1])[SITES[0]]
     tensors = load_file(path)
     assert torch.equal(found.mean, tensors["moment"] / tensors["count"])
@@ -543,7 +574,26 @@ def test_a_fingerprint_survives_saving_and_editing(family: str, tmp_path: Path) 
     loaded = LanguageModel(str(save_tiny(family, tmp_path)))
     loaded.tokenizer(["a b", "c"], truncation=True, max_length=2)
     loaded.model.config.pad_token_id = 7
-    assert fingerprint(loaded, names) == before[0]
+    assert (fingerprint(loaded, names), fingerprint_below(loaded, 2)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lower_fingerprint_sees_every_change_below(gpt2_base: LanguageModel, dtype: torch.dtype) -> None:
+    gpt2_base.model.to(dtype)
+    words, bias = gpt2_base.model.transformer.wte.weight.data, gpt2_base.model.transformer.h[1].mlp.c_fc.bias.data
+    seen = [fingerprint_below(gpt2_base, 1)]
+    for change in (
+        lambda: words[1:12].add_(1),
+        lambda: words[7, 3].mul_(1.01),
+        lambda: words.copy_(words[torch.arange(len(words)).roll(1)]),
+        lambda: words.copy_(words.flip(1)),
+        lambda: bias.copy_(bias.flip(0)),
+    ):
+        change()
+        seen.append(fingerprint_below(gpt2_base, 1))
+    assert len(set(seen)) == 6
+    gpt2_base.layers[2].mlp.c_fc.weight.data.add_(1)
+    assert fingerprint_below(gpt2_base, 1) == seen[-1]
 
 
 def test_a_fingerprint_sees_weights_configuration_and_vocabulary(gpt2_base: LanguageModel) -> None:

@@ -1,0 +1,40 @@
+"""Files that are whole or not there, whatever interrupts the writing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from kedit_lightning.errors import KeditError
+
+
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place, flush it to the disk, then rename it there: it is whole or it is not there.
+
+    Args:
+        path: The place.
+        write: Called with the path to write to.
+
+    Raises:
+        KeditError: The disk is full, or the place cannot be written to.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        with suppress(OSError):  # a place below a file
+            beside.unlink()
+
+
+def unwritable(path: Path, error: Exception) -> KeditError:
+    """The one line about a file or folder that could not be written; nothing is left of it."""
+    reason = getattr(error, "strerror", None) or error
+    return KeditError(f"{path}: cannot be written ({reason}); make room there, or write somewhere else")
