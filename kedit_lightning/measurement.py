@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kedit_lightning.callbacks.base import Record
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.metrics import EditMetrics, Evaluator
+from kedit_lightning.run import Record
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kedit_lightning import delta as delta_files
-from kedit_lightning.callbacks.base import Record
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.models.fingerprint import fingerprint
-from kedit_lightning.run import read_deltas
+from kedit_lightning.run import Record, read_deltas
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from kedit_lightning import delta as delta_files
-from kedit_lightning.callbacks.base import EditCallback, Record
+from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.callbacks.console import Console
 from kedit_lightning.callbacks.figures import Figures
 from kedit_lightning.callbacks.scoring import Scoring
@@ -29,7 +29,7 @@ from kedit_lightning.logger import EditLogger
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluation
 from kedit_lightning.models.statistics import compute
-from kedit_lightning.run import RunDirectory, read_deltas
+from kedit_lightning.run import Record, RunDirectory, read_deltas
 from kedit_lightning.stream import EditStream
 
 

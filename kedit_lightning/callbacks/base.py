@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Callback
+
+from kedit_lightning.run import Record
 
 if TYPE_CHECKING:
     from lightning import Trainer
 
     from kedit_lightning.editors import Editor
-
-Record = dict[str, Any]
 
 
 class EditCallback(Callback):

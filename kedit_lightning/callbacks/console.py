@@ -28,9 +28,10 @@ from rich.table import Column
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from kedit_lightning.callbacks.base import EditCallback, Record
+from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.metrics.generation import says
 from kedit_lightning.report import count, edit_line, printable, quoted, table
+from kedit_lightning.run import Record
 
 if TYPE_CHECKING:
     from kedit_lightning.editors import Editor

@@ -11,9 +11,10 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from kedit_lightning.callbacks.base import EditCallback, Record
+from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.editors import Editor
 from kedit_lightning.report import LABELS, count, shown
+from kedit_lightning.run import Record
 from kedit_lightning.writing import write_beside
 
 if TYPE_CHECKING:

@@ -75,7 +75,6 @@ class Evaluator:
         self.reference_texts = reference_texts or {}
         self.scorer = Scorer(base, settings.max_tokens)
         self._references: dict[tuple[int, int], tuple[int, int]] = {}
-        self._raw_answers: dict[int, str] = {}
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -105,7 +104,7 @@ class Evaluator:
         return EditMetrics().to(self.base.device)
 
     def references(self, edits: Sequence[Edit], progress: Callable[[int], None] | None = None) -> None:
-        """Keep what the model says now, unedited, to relation-specific prompts and to the edit prompts.
+        """Keep what the model says now, unedited, to relation-specific prompts.
 
         Args:
             edits: The edits that will be evaluated later.
@@ -117,14 +116,8 @@ class Evaluator:
             content, top = self.scorer.next_token([prompt for _, _, prompt in keys])
             for (case, i, _), pair in zip(keys, zip(content.tolist(), top.tolist(), strict=True), strict=True):
                 self._references[case, i] = pair
-            for edit, answer in zip(part, self.answers(part), strict=True):
-                self._raw_answers[identity(edit)] = answer
             if progress is not None:
                 progress(start + len(part))
-
-    def raw_answer(self, edit: Edit) -> str | None:
-        """The unedited model's greedy answer to the edit prompt, if `references` has seen the edit."""
-        return self._raw_answers.get(identity(edit))
 
     def answers(self, edits: Sequence[Edit]) -> list[str]:
         """Greedy answers to the edit prompts on one line each, one token longer than the new target."""
