@@ -125,9 +125,9 @@ def encode(
     length = next((i for i, (_, end) in enumerate(spans) if end > len(prompt)), len(ids))
     if separate and target is not None:
         # The released codes find the subject in the prompt alone, and count the rest from the row's end.
-        spans, length = _tokens(tokenizer, prompt)[1], len(ids) - len(targets) + 1
+        length, spans = len(ids) - len(targets) + 1, _tokens(tokenizer, prompt)[1]
     elif target is not None:
-        targets, ids = ids[length:], ids[: max(len(ids) - 1, length)]
+        targets, ids, spans = ids[length:], ids[: max(len(ids) - 1, length)], spans[:length]
     if length == 0:
         msg = f"expected a prompt of at least one token, got {prompt!r}"
         raise DataError(msg)
@@ -138,7 +138,7 @@ def encode(
     positions = {Token.PROMPT_LAST: length - 1}
     if subject is not None:
         start, stop = subject
-        inside = [i for i, (a, b) in enumerate(spans[:length]) if max(a, start) < min(b, stop)]
+        inside = [i for i, (a, b) in enumerate(spans) if max(a, start) < min(b, stop)]
         if not inside:
             msg = f"no token of {prompt!r} lies in the subject {prompt[start:stop]!r}"
             raise DataError(msg)

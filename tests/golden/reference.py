@@ -172,13 +172,14 @@ class Slow:
 
     def move_feature(self, where: str, request: dict[str, Any], wanted: Tensor, steps: int) -> Tensor:
         """2.4, stage 2: the MLP output at the subject that brings the relation feature to what stage 1 found."""
-        prompt = request["prompt"].format(request["subject"])
-        row, index = self.ids(prompt), self.subject_last(request["prompt"], request["subject"])
+        prompt, targets = request["prompt"].format(request["subject"]), self.target_ids(request)
+        row = self.ids(prompt + self.tokenizer.decode(targets[:-1]))
+        index = self.subject_last(request["prompt"], request["subject"])
         upper = self.model.get_submodule(self.block.format(self.layer + self.hparams["rel_feat_layer"]))
 
         def terms(delta: Tensor) -> dict[str, Tensor]:
             with self.adding(self.mlp, index, delta):
-                feature = self.output(upper, row, len(row) - 1)
+                feature = self.output(upper, row, len(row) - len(targets))
             return {"vec_loss": self.hparams["vec_loss_factor"] * (feature - wanted + 1e-6).norm()}
 
         origin = self.output(self.mlp, row, index).detach()
