@@ -91,6 +91,8 @@ def revert(
     delta_files.check(base, deltas, metadata, run_dir)
     write_model(base, kept, out)
     what = "without any edit" if edit is None else f"without edit {edit}"
+    if edit is not None and not kept:
+        what += ", the only one that the run ended with"
     _say(f"{out}: {_called(base)} {what}, a Hugging Face checkpoint")
 
 

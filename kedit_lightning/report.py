@@ -72,7 +72,7 @@ def table(reports: Sequence[tuple[str, Report]], width: int = 100) -> Table:
             columns += [(f"{name} raw", report["pre"])] if "pre" in report else []
             columns += [(name, report["post"])] if "post" in report else []
     change = len(reports) == 1 and len(columns) == 2
-    intervals = width >= MIN_WIDTH
+    intervals = width >= max(MIN_WIDTH, 26 + 16 * (len(columns) + change))
     found = Table(title=title(reports), title_justify="left", caption_justify="left", box=box.HORIZONTALS)
     found.caption = "× 100" + (", ± 95 % interval" if intervals else "")
     found.add_column("", overflow="fold", min_width=14)

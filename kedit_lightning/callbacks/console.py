@@ -223,8 +223,9 @@ class Console(EditCallback):
         rows = [("run directory", str(path))]
         if self._done:
             protocol, delta = report["protocol"], path / "delta.safetensors"
-            held = (self._done - 1) % (protocol.get("restore_every") or self._done) + 1
-            only = f" (since the last restoration of the weights: {count(held)})"
+            every = protocol.get("restore_every")
+            held = (self._done - 1) % (every or self._done) + 1
+            only = f" (the last {held} of {count(self._done)}: restore_every is {every})"
             run, base = shlex.quote(str(path)), shlex.quote(protocol.get("base") or "MODEL")
             rows += [
                 ("edited model", f"{delta}{only if held < self._done else ''}"),

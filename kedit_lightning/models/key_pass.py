@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -116,14 +115,10 @@ class _Share:
 class _Progress(TQDMProgressBar):
     """Lightning's bar, which shows the time left, under the name of what is being done."""
 
-    def init_test_tqdm(self) -> Any:  # noqa: ANN401 - a private class of Lightning
-        bar = super().init_test_tqdm()
-        bar.set_description("Second moments")
-        return bar
-
-    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        super().on_test_batch_start(*args, **kwargs)
-        self.test_progress_bar.set_description("Second moments")
+    @property
+    def test_description(self) -> str:
+        """What is being done."""
+        return "Second moments"
 
 
 def _trainer(accelerator: str, devices: int) -> Trainer:

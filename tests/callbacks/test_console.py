@@ -95,7 +95,7 @@ def test_ends_with_table_and_places() -> None:
     assert "tokens answered" not in text  # an accuracy beside its comparison
     assert "kedit apply lightning_logs/top/version_0 --model almanac --out edited-model" in text
     assert "tensorboard --logdir lightning_logs/top/version_0" in text
-    assert "delta.safetensors (since the last restoration of the weights: 1 edit)" in text
+    assert "delta.safetensors (the last 1 of 3 edits: restore_every is 2)" in text
     assert "2 edits a second" in text
 
 
