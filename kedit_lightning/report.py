@@ -43,6 +43,9 @@ TEXTS = ("fluency", "consistency")
 STREAM = ("batch_size", "restore_every", "torch")
 """What the protocol says about the edits; a base model's numbers do not depend on it."""
 
+LABEL_WIDTH, COLUMN_WIDTH = 26, 16
+"""Columns of the terminal that the names of the metrics take at least, and a number with its interval."""
+
 MIN_WIDTH = 76
 """Narrower terminals get means without their intervals."""
 
@@ -72,7 +75,7 @@ def table(reports: Sequence[tuple[str, Report]], width: int = 100) -> Table:
             columns += [(f"{name} raw", report["pre"])] if "pre" in report else []
             columns += [(name, report["post"])] if "post" in report else []
     change = len(reports) == 1 and len(columns) == 2
-    intervals = width >= max(MIN_WIDTH, 26 + 16 * (len(columns) + change))
+    intervals = width >= MIN_WIDTH
     found = Table(title=title(reports), title_justify="left", caption_justify="left", box=box.HORIZONTALS)
     found.caption = "× 100" + (", ± 95 % interval" if intervals else "")
     found.add_column("", overflow="fold", min_width=14)
@@ -88,6 +91,22 @@ def table(reports: Sequence[tuple[str, Report]], width: int = 100) -> Table:
         found.add_row(LABELS[name], *cells)
         found.rows[-1].end_section = _ends_section(name, rows)
     return found
+
+
+def side_by_side(reports: Sequence[tuple[str, Report]], width: int) -> Iterator[Sequence[tuple[str, Report]]]:
+    """The reports in groups of as many as a table of this width has room for, beside the raw model or models.
+
+    >>> runs = [(name, {"protocol": {}, "edits": edits, "pre": {}}) for name, edits in (("a", 1), ("b", 1), ("c", 1))]
+    >>> [len(group) for group in side_by_side(runs, 80)], [len(group) for group in side_by_side(runs, 100)]
+    ([2, 1], [3])
+    >>> runs[2] = ("c", {"protocol": {}, "edits": 2, "pre": {}})
+    >>> [len(group) for group in side_by_side(runs, 80)], [len(group) for group in side_by_side(runs, 100)]
+    ([1, 1, 1], [2, 1])
+    """
+    places, shared = (width - LABEL_WIDTH) // COLUMN_WIDTH, same_raw(reports)
+    n = max(1, places - 1 if shared else places // 2)
+    for start in range(0, len(reports), n):
+        yield reports[start : start + n]
 
 
 def title(reports: Sequence[tuple[str, Report]]) -> str:
@@ -155,7 +174,8 @@ def show(runs: Sequence[Path], *, out: Path | None = None, console: Console | No
     named = list(zip(_names(runs, reports), reports, strict=True))
 
     def write(console: Console) -> None:
-        console.print(table(named, console.width))
+        for part in side_by_side(named, console.width):
+            console.print(table(part, console.width))
         if note := differences(named):
             console.print(Text(note, "yellow"))
 

@@ -229,7 +229,14 @@ def test_streams(bad: Bad, args: list[str], words: str) -> None:
 def test_a_prompt_longer_than_the_context(bad: Bad) -> None:
     edit = GOOD | {"prompt": "word " * 200 + "{} was born in", "case_id": 17}
     result = kedit("fit", "--config", bad.rome, "--data.edits", json.dumps([edit]))
-    refused(result, 1, "the prompt takes", "the model reads 128: shorten 'word word")
+    refused(result, 1, "case 17, prompt: the prompt takes", "the model reads 128: shorten 'word word")
+
+
+@pytest.mark.parametrize("name", ["paraphrase_prompts", "neighborhood_prompts", "relation_specific_prompts"])
+def test_an_evaluation_prompt_longer_than_the_context(bad: Bad, name: str) -> None:
+    edits = [GOOD, GOOD | {"case_id": 18, "target_true": "Ulm", name: ["word " * 200 + "was born in"]}]
+    result = kedit("fit", "--config", bad.rome, "--data.edits", json.dumps(edits))
+    refused(result, 1, f"case 18, {name}: the prompt takes", "the model reads 128: shorten 'word word")
 
 
 def test_a_target_that_the_model_answers_already_is_a_warning(bad: Bad) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kedit_lightning.data.datasets import ReferenceTexts
-from kedit_lightning.edits import Edit
-from kedit_lightning.errors import KeditError
+from kedit_lightning.edits import PROMPT_LISTS, Edit
+from kedit_lightning.errors import DataError, KeditError
 from kedit_lightning.metrics.collection import EditMetrics
 from kedit_lightning.metrics.functional import WORD, PromptScores, fit_tfidf, tfidf_consistency
 from kedit_lightning.metrics.generation import says, text_entropies
@@ -113,7 +115,8 @@ class Evaluator:
         for start in range(0, len(edits), CHUNK):
             part = edits[start : start + CHUNK]
             keys = [(identity(e), i, prompt) for e in part for i, prompt in enumerate(e.relation_specific_prompts)]
-            content, top = self.scorer.next_token([prompt for _, _, prompt in keys])
+            with self._naming(part):
+                content, top = self.scorer.next_token([prompt for _, _, prompt in keys])
             for (case, i, _), pair in zip(keys, zip(content.tolist(), top.tolist(), strict=True), strict=True):
                 self._references[case, i] = pair
             if progress is not None:
@@ -121,7 +124,8 @@ class Evaluator:
 
     def answers(self, edits: Sequence[Edit]) -> list[str]:
         """Greedy answers to the edit prompts on one line each, one token longer than the new target."""
-        lengths = [len(self.base.encode(edit.text, edit.target_new).targets) + 1 for edit in edits]
+        with self._naming(edits):
+            lengths = [len(self.base.encode(edit.text, edit.target_new).targets) + 1 for edit in edits]
         texts = generate(
             self.base,
             [edit.text for edit in edits],
@@ -154,14 +158,32 @@ class Evaluator:
         lines: list[dict[str, float]] = []
         for start in range(0, len(edits), CHUNK):
             part = edits[start : start + CHUNK]
-            probabilities = self._rewrite(metrics, part, relations)
-            if self.settings.generation:
-                self._write(metrics, part)
+            with self._naming(part):
+                probabilities = self._rewrite(metrics, part, relations)
+                if self.settings.generation:
+                    self._write(metrics, part)
             latest = metrics.latest()
             lines += [latest[identity(edit)] | pair for edit, pair in zip(part, probabilities, strict=True)]
             if progress is not None:
                 progress(len(lines))
         return lines
+
+    @contextmanager
+    def _naming(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """Where a prompt cannot be read, say whose and which it is."""
+        try:
+            yield
+        except DataError as error:
+            for edit in edits:
+                targets = {edit.target_new, edit.target_true or edit.target_new, *edit.neighborhood_targets}
+                for name in PROMPT_LISTS:
+                    for prompt, target in product((edit.text, *getattr(edit, name)), targets):
+                        try:
+                            self.base.encode(prompt.rstrip(), target)
+                        except DataError as found:
+                            where = "prompt" if prompt == edit.text else name
+                            raise DataError(found.reason, record=f"case {edit.case_id}, {where}") from error
+            raise
 
     def _rewrite(
         self, metrics: EditMetrics, edits: Sequence[Edit], relations: set[tuple[str, str]]
