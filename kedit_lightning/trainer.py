@@ -234,7 +234,6 @@ class EditTrainer(Trainer):
             StatisticsError: There is nothing to collect, or it cannot be kept.
         """
         model.base.to(self.strategy.root_device)
-        model.statistics.second_moments(model.base, model.sites())  # a file that was given is read, and so checked
         self.tell("on_statistics", compute(model.base, model.statistics, model.sites()))
 
     def _open(self, editor: Editor, datamodule: EditDataModule | None, stage: str) -> None:

@@ -39,7 +39,7 @@ def losses(model: GPT2LMHeadModel, rows: Rows, late: int) -> Losses:
     Left to itself, a small model has the words after a name read it in its first layer and carries the subject's
     identity on any of them; an update of a weight made for the subject's last token then misses. In a large model the
     first layers enrich the subject's last token with what is known of the subject, whatever is asked next, and later
-    layers pick what is asked for (https://arxiv.org/abs/2304.14767). The last two losses bring that about.
+    layers pick what is asked for (https://arxiv.org/abs/2304.14767). The other three losses bring that about.
 
     Args:
         model: The model, with attention of the kind that gives its weights.

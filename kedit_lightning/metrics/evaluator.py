@@ -175,14 +175,14 @@ class Evaluator:
             yield
         except DataError as error:
             for edit in edits:
+                lists = [name for name in PROMPT_LISTS if name.endswith("_prompts")]
+                prompts = [("prompt", edit.text), *((name, text) for name in lists for text in getattr(edit, name))]
                 targets = {edit.target_new, edit.target_true or edit.target_new, *edit.neighborhood_targets}
-                for name in PROMPT_LISTS:
-                    for prompt, target in product((edit.text, *getattr(edit, name)), targets):
-                        try:
-                            self.base.encode(prompt.rstrip(), target)
-                        except DataError as found:
-                            where = "prompt" if prompt == edit.text else name
-                            raise DataError(found.reason, record=f"case {edit.case_id}, {where}") from error
+                for (name, prompt), target in product(prompts, targets):
+                    try:
+                        self.base.encode(prompt.rstrip(), target)
+                    except DataError as found:
+                        raise DataError(found.reason, record=f"case {edit.case_id}, {name}") from error
             raise
 
     def _rewrite(

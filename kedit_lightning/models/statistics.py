@@ -232,11 +232,13 @@ def compute(
     Raises:
         StatisticsError: There is nothing to compute from this source, or the files cannot be written.
     """
+    statistics.second_moments(
+        base, sites, accelerator=accelerator, devices=devices
+    )  # a given file is read, and so checked
     if statistics.source == "identity" or statistics.given:
         source = statistics.source
         msg = f"nothing to compute: `statistics.source` is {source}; expected almanac, a text file or a dataset"
         raise StatisticsError(msg)
-    statistics.second_moments(base, sites, accelerator=accelerator, devices=devices)
     paths = list(statistics.files(base, sites).values())
     if lost := [str(path) for path in paths if not path.is_file()]:
         msg = f"the statistics could not be written: {', '.join(lost)}; make room, or set `statistics.cache_dir`"
