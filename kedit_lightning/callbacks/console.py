@@ -9,27 +9,20 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import rich.console
 from lightning import LightningModule, Trainer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
+from rich.progress import Progress, TaskID
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.metrics.generation import says
+from kedit_lightning.models.progress import DISPLAY, bars
 from kedit_lightning.report import count, edit_line, printable, quoted, table
 from kedit_lightning.run import Record
 
@@ -48,6 +41,9 @@ NOISE = (
     r"Your `IterableDataset` has `__len__`",
 )
 """Warnings of Lightning about training loops that edit streams are not."""
+
+SAID = ("kedit_lightning.models.statistics", "kedit_lightning.models.key_pass")
+"""Loggers whose news are shown, not only their warnings."""
 
 _PREPARING = "preparing: contexts, key statistics"
 _TITLES = {"before": "measuring before", "after": "measuring after", "validate": "measuring", "test": "measuring"}
@@ -81,18 +77,7 @@ class Console(EditCallback):
         if not _talks(trainer) or not self.out.is_terminal or self.out.is_dumb_terminal:
             return
         if self._progress is None:
-            self._progress = Progress(
-                SpinnerColumn(finished_text=Text("✓", "green")),
-                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-                TextColumn("{task.fields[note]}", style="dim", table_column=Column(no_wrap=True)),
-                console=self.out,
-                transient=True,
-                refresh_per_second=4,
-                speed_estimate_period=600,
-            )
+            self._progress = bars(self.out)
             self._tasks: dict[str, TaskID] = {}
             self._progress.start()
         if name not in self._tasks:
@@ -104,6 +89,7 @@ class Console(EditCallback):
     def close(self) -> None:
         """Take the bars away and give the cursor back; also done when the interpreter ends, for whatever reason."""
         if self._progress is not None:
+            DISPLAY.set(None)
             self._progress.stop()
             self._progress = None
 
@@ -115,6 +101,8 @@ class Console(EditCallback):
         """Say that something is going on."""
         self._start(n_edits)
         self._bar(trainer, _PREPARING, 0, None)
+        if self._progress is not None:
+            DISPLAY.set(partial(self._bar, trainer))  # the pass over documents shows its steps here
 
     def on_evaluation_start(self, trainer: Trainer, title: str, total: int) -> None:
         """One bar before; one after over the whole stream, however often the weights are restored.
@@ -249,9 +237,23 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    for name in SAID:
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addHandler(_LINES)
     for stream in (sys.stdout, sys.stderr):  # ✓ and ± on a terminal without them are no reason to fail
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+class _Lines(logging.Handler):
+    """What we log goes to standard error, above the bars; it need not be the one of the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A line."""
+        sys.stderr.write(f"{self.format(record)}\n")
+
+
+_LINES = _Lines()
 
 
 def _talks(trainer: Trainer) -> bool:

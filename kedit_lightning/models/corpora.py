@@ -1,4 +1,4 @@
-"""Documents for statistics: where they come from, how they are sampled, cut and put into batches."""
+"""Documents for statistics: where they come from, how they are sampled and cut."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ class Corpus:
         """The text file that is meant, if one is."""
         path = Path(self.source).expanduser()
         return path if path.is_file() or path.suffix in TEXT_FILES else None
+
+    @property
+    def size(self) -> int:
+        """Documents of the sample, at most."""
+        if self.source == "almanac" or self.file is None:
+            return self.n_samples
+        return min(self.n_samples, len(self._lines(self.file)))
 
     def identity(self) -> str:
         """What the documents depend on beside the sample: the content of a file, the name of a dataset.
@@ -157,8 +164,8 @@ class Corpus:
 
 def tokenise(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, tokens: int | None, skip: int = 0
-) -> list[Tensor]:
-    """Token ids of documents, until enough keys have come together.
+) -> Iterator[Tensor]:
+    """Token ids of documents, as they are asked for, until enough keys have come together.
 
     Args:
         documents: Texts; those without tokens are left out.
@@ -167,10 +174,9 @@ def tokenise(
         tokens: Keys wanted; the last document is cut so that there are exactly as many. None takes all.
         skip: Tokens at the start of each document whose keys do not count.
 
-    Returns:
+    Yields:
         One vector of ids a document, int32.
     """
-    rows: list[Tensor] = []
     left = tokens
     texts = (text for text in documents if text.strip())
     while chunk := list(islice(texts, 256)):
@@ -178,12 +184,11 @@ def tokenise(
             length = min(len(ids), max_length) if left is None else min(len(ids), max_length, left + skip)
             if length <= skip:
                 continue
-            rows.append(torch.tensor(ids[:length], dtype=torch.int32))
+            yield torch.tensor(ids[:length], dtype=torch.int32)
             if left is not None:
                 left -= length - skip
                 if left == 0:
-                    return rows
-    return rows
+                    return
 
 
 def _digest(texts: Sequence[str]) -> str:

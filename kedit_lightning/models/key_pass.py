@@ -2,77 +2,162 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.callbacks import TQDMProgressBar
+from safetensors import SafetensorError
 from torch import Tensor, distributed
 
 from kedit_lightning.edits import Site
-from kedit_lightning.errors import StatisticsError
+from kedit_lightning.errors import KeditError, StatisticsError
 from kedit_lightning.interrupts import interrupts_passed_on
-from kedit_lightning.models.encoding import Batch, Row, buckets, collate
-from kedit_lightning.models.language_model import LanguageModel
+from kedit_lightning.models import moment_files
+from kedit_lightning.models.convergence import Convergence
+from kedit_lightning.models.packing import KeyReader
+from kedit_lightning.models.progress import Step, steps
 from kedit_lightning.models.quiet import quiet
 from kedit_lightning.models.second_moment import SecondMoment
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+BATCHES = 8
+"""Batches of a round, for each process."""
+HELD_OUT = 256
+"""Keys on which convergence is read off."""
+HELD_OUT_DOCUMENTS = 16
+"""From so many documents at least."""
+KEEP_EVERY = 180.0
+"""Seconds between two partial files."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Consecutive documents that are laid out together; partial sums are kept between rounds.
+
+    Args:
+        documents: Their token ids.
+        tokens: Keys of them that count.
+        doubling: Whether the number of tokens has doubled since the last doubling.
+        last: Whether these are the held-out documents.
+    """
+
+    documents: list[Tensor]
+    tokens: int
+    doubling: bool = False
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What there is to count.
+
+    Args:
+        tokens: Keys; None takes all documents.
+        documents: Documents, at most.
+        tolerance: Relative change of ``C⁻¹ k`` at a doubling with which the count ends.
+    """
+
+    tokens: int | None = None
+    documents: int | None = None
+    tolerance: float | None = None
 
 
 class KeyPass(LightningModule):
     """Sums the second moments of several sites' keys, one forward pass a batch.
 
-    Base model and sums are plain attributes, not registered: Lightning neither moves nor broadcasts them.
+    The first documents are held out: on their keys convergence is read off, and they go into the sums last. Base model
+    and sums are plain attributes, not registered: Lightning neither moves nor broadcasts them.
 
     Args:
-        base: The base model, unedited.
-        sites: Whose keys.
-        documents: Token ids of each document.
-        batch_tokens: Tokens of a batch at most, padding counted.
+        reader: Reads keys from the base model, unedited.
+        documents: Token ids of each document; read once, and only as far as it is needed.
+        extent: What there is to count; by default all documents.
         dtype: Type in which is summed.
-        skip: Tokens at the start of each document whose keys do not count.
+        partial: Where the sums are kept during the pass, and found again after a kill; nowhere by default.
         place: Whether to move the model to the Trainer's device; otherwise it stays where it is.
     """
 
     def __init__(
         self,
-        base: LanguageModel,
-        sites: Sequence[Site],
-        documents: Sequence[Tensor],
-        batch_tokens: int = 4096,
+        reader: KeyReader,
+        documents: Iterable[Tensor],
+        extent: Extent | None = None,
         dtype: torch.dtype = torch.float32,
-        skip: int = 0,
+        partial: Path | None = None,
         *,
         place: bool = False,
     ) -> None:
         super().__init__()
-        self.base, self.documents, self.batch_tokens, self.skip, self.place = base, documents, batch_tokens, skip, place
-        self.moments = {site: SecondMoment(base.weight(site).shape[1], dtype) for site in sites}
+        self.reader, self.extent, self.partial, self.place = reader, extent or Extent(), partial, place
+        self.stream = iter(documents)
+        widths = {site: reader.base.weight(site).shape[1] for site in reader.sites}
+        self.first_doubling = max(widths.values())
+        self.moments = {site: SecondMoment(width, dtype) for site, width in widths.items()}
+        self.documents = self.tokens = 0
+        self.enough = False
+        self.convergence = Convergence({})
+        self.held_out: list[Tensor] = []
+        self._step: Step = lambda *_: None
+        self._kept_at, self._cost = time.monotonic(), 0.0
+
+    # ------------------------------------------------------------------ what Lightning calls
 
     def setup(self, stage: str) -> None:
-        """Place the model where the Trainer wants it."""
+        """Place the model, hold documents out, see whether documents can be packed, go on where a pass was killed."""
         if self.place:
-            self.base.to(self.trainer.strategy.root_device)
+            self.reader.base.to(self.trainer.strategy.root_device)
+        self._hold_out()
+        if not self.reader.try_packing(self.held_out) and len(self.held_out) > 1:
+            log.info("One document a row: this model gives other keys to documents that share a row.")
+        self._resume()
 
-    def test_dataloader(self) -> _Share:
-        """This process's share of the batches."""
-        batches = buckets([len(ids) for ids in self.documents], self.batch_tokens)
+    def test_dataloader(self) -> Iterator[Round]:
+        """The rounds, the held-out documents last. Lightning asks for one ahead of the step."""
+        seen = self.tokens
+        while documents := list(islice(self.stream, 1)):
+            doubling = self.first_doubling
+            while doubling <= seen:
+                doubling *= 2
+            end = min(doubling, seen + BATCHES * ranks()[1] * self.reader.batch_tokens)
+            start, seen = seen, seen + self._count(documents)
+            while seen < end and (more := next(self.stream, None)) is not None:
+                documents.append(more)
+                seen += self._count([more])
+            yield Round(documents, seen - start, doubling=seen >= doubling)
+            if self.enough:
+                break
+        yield Round(self.held_out, self._count(self.held_out), last=True)
+
+    def transfer_batch_to_device(self, batch: Round, device: torch.device, dataloader_idx: int) -> Round:
+        """Documents go to the model when they are laid out."""
+        return batch
+
+    def test_step(self, round_: Round, batch_idx: int) -> None:
+        """Add the keys of a round's documents."""
+        if self.enough and not round_.last:
+            return
         rank, processes = ranks()
-        return _Share(self.documents, batches[rank::processes])
+        done = self.tokens
+        for rows in self.reader.batches(round_.documents)[rank::processes]:
+            for site, keys in self.reader.read(rows).items():
+                self.moments[site].update(keys)
+            done += processes * sum(self._count(row) for row in rows)
+            self._show(min(done, self.tokens + round_.tokens))
+        self.documents, self.tokens = self.documents + len(round_.documents), self.tokens + round_.tokens
+        if not round_.last:
+            self._between(round_)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the keys of every real token."""
-        try:
-            found = self.base.keys(batch, dict.fromkeys(self.moments))
-        except torch.OutOfMemoryError as error:
-            msg = f"out of memory at {batch.input_ids.numel()} tokens a batch: lower `statistics.batch_tokens`"
-            raise StatisticsError(msg) from error
-        counted = batch.position_ids[batch.attention_mask > 0] >= self.skip
-        for site, keys in found.items():
-            self.moments[site].update(keys[counted.to(keys.device)] if self.skip else keys)
+    # ------------------------------------------------------------------ the pass
 
     def run(self, accelerator: str = "cpu", devices: int = 1) -> dict[Site, tuple[Tensor, int]]:
         """Do the pass.
@@ -88,42 +173,135 @@ class KeyPass(LightningModule):
             For each site the sum of ``k kᵀ``, shape ``(k, k)``, on the CPU, and the number of keys.
         """
         trainer = _trainer(accelerator, devices)
-        with self.base.unedited(), interrupts_passed_on(), _without_tips():
+        with (
+            self.reader.base.unedited(),
+            interrupts_passed_on(),
+            _without_tips(),
+            steps("second moments, tokens", watched=ranks()[0] == 0 and trainer.is_global_zero) as self._step,
+        ):
             trainer.test(self, verbose=False)
         sums = {}
         for site in list(self.moments):
             moment = self.moments.pop(site)
-            with moment.sync_context(should_unsync=False):
-                sums[site] = moment.moment.cpu(), int(moment.count)
+            if ranks()[1] > 1:
+                for state in self._on_device(moment):
+                    distributed.all_reduce(state)
+            sums[site] = moment.moment.cpu(), int(moment.count)
         return sums
 
+    def _count(self, documents: Sequence[Tensor]) -> int:
+        return sum(len(ids) - self.reader.skip for ids in documents)
 
-class _Share:
-    """Batches of documents, made when they are asked for."""
+    def _show(self, done: int) -> None:
+        total, documents = self.extent.tokens, self.extent.documents
+        if total is None and documents and self.documents:  # as long as those before
+            total = max(done, round(self.tokens / self.documents * documents))
+        seconds = time.monotonic() - self._started
+        rate = (done - self._resumed) / max(seconds, 1e-9)
+        self._step(done, total, f"{rate:,.0f} tokens/s")
 
-    def __init__(self, documents: Sequence[Tensor], batches: Sequence[Sequence[int]]) -> None:
-        self.documents, self.batches = documents, batches
+    def _hold_out(self) -> None:
+        """Take the first documents, and some of their keys, evenly spread."""
+        while len(self.held_out) < HELD_OUT_DOCUMENTS or self._count(self.held_out) < HELD_OUT:
+            if (ids := next(self.stream, None)) is None:
+                break
+            self.held_out.append(ids)
+        every = max(1, self._count(self.held_out) // HELD_OUT)
+        parts = [self.reader.read(rows) for rows in self.reader.batches(self.held_out)]
+        spread = {site: [part[site][::every] for part in parts] for site in self.reader.sites}
+        self.convergence = Convergence({site: torch.cat(keys)[:HELD_OUT] for site, keys in spread.items()})
 
-    def __len__(self) -> int:
-        return len(self.batches)
+    def _between(self, round_: Round) -> None:
+        """Between two rounds: read convergence off at a doubling; keep what there is every now and then."""
+        since = time.monotonic() - self._kept_at
+        # Not where writing takes longer than counting again would.
+        keep = _agreed(self.partial is not None and since > (self._cost if round_.doubling else KEEP_EVERY))
+        if not (keep or round_.doubling):
+            return
+        self._gather()
+        if round_.doubling:
+            self._read_off()
+        if keep:
+            self._keep()
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            yield collate([Row(self.documents[i].tolist(), [], {}) for i in batch])
+    def _gather(self) -> None:
+        """Add the sums of all processes into those of the first."""
+        rank, processes = ranks()
+        if processes > 1:
+            for moment in self.moments.values():
+                for state in self._on_device(moment):
+                    distributed.reduce(state, dst=0)
+                    if rank:
+                        state.zero_()
 
+    def _on_device(self, moment: SecondMoment) -> tuple[Tensor, Tensor]:
+        """The states where processes can add them: a process that had no keys yet has them elsewhere."""
+        moment.moment, moment.count = (state.to(self.reader.base.device) for state in (moment.moment, moment.count))
+        return moment.moment, moment.count
 
-class _Progress(TQDMProgressBar):
-    """Lightning's bar, which shows the time left, under the name of what is being done."""
+    def _read_off(self) -> None:
+        """Print the relative change of ``C⁻¹ k``, and end the count if it is within the tolerance."""
+        enough = False
+        if ranks()[0] == 0:
+            found = {  # compute() would ask the other processes
+                site: self.convergence.update(site, moment.moment / moment.count, self.tokens)
+                for site, moment in self.moments.items()
+            }
+            changes = {site: change for site, change in found.items() if change is not None}
+            if changes:
+                worst = max(changes, key=lambda site: changes[site])
+                enough = len(changes) == len(found) and changes[worst] <= (self.extent.tolerance or 0.0)
+                what = f"relative change of C⁻¹k on {len(self.convergence.keys[worst])} held-out keys"
+                within = f"; within {self.extent.tolerance:g}, enough" if enough else ""
+                log.info("%d tokens: %s %.2g (layer %d)%s.", self.tokens, what, changes[worst], worst.layer, within)
+        self.enough = _agreed(enough)
 
-    @property
-    def test_description(self) -> str:
-        """What is being done."""
-        return "Second moments"
+    # ------------------------------------------------------------------ after a kill
+
+    def _keep(self) -> None:
+        """Keep sums and convergence in the partial file, as far as there is room for it."""
+        started = time.monotonic()
+        if ranks()[0] == 0 and self.partial is not None:
+            tensors = {}
+            for i, (site, moment) in enumerate(self.moments.items()):
+                tensors[f"moment.{i}"] = moment.moment.cpu()
+                if site in self.convergence.before:
+                    tensors[f"solved.{i}"] = self.convergence.before[site].cpu()
+            changes = [self.convergence.changes[site] for site in self.moments]
+            state = {"documents": self.documents, "tokens": self.tokens, "enough": self.enough, "changes": changes}
+            try:
+                moment_files.save_partial(self.partial, tensors, {"state": json.dumps(state)})
+            except (KeditError, SafetensorError) as error:
+                log.warning("Cannot keep partial sums: %s. Going on; a kill would cost the whole pass.", error)
+                self.partial = None
+        self._kept_at = time.monotonic()
+        self._cost = self._kept_at - started
+
+    def _resume(self) -> None:
+        """Take up a partial file: its sums in the first process, where it stood in all of them."""
+        found = None
+        try:
+            found = moment_files.load_partial(self.partial) if self.partial and ranks()[0] == 0 else None
+        except StatisticsError as error:
+            log.warning("%s. The pass starts from its beginning.", error)
+        state = {}
+        if found:
+            tensors, about = found
+            state = json.loads(about["state"])
+            for i, (site, moment) in enumerate(self.moments.items()):
+                moment.moment, moment.count = tensors[f"moment.{i}"], torch.tensor(state["tokens"])
+                if f"solved.{i}" in tensors:
+                    self.convergence.before[site] = tensors[f"solved.{i}"]
+                self.convergence.changes[site] = {int(n): change for n, change in state["changes"][i].items()}
+            log.info("Going on at %d tokens, where a pass was stopped.", state["tokens"])
+        state = _agreed(state)
+        self.documents, self.tokens = state.get("documents", 0), state.get("tokens", 0)
+        self.enough = state.get("enough", False)
+        next(islice(self.stream, self.documents, self.documents), None)
+        self._started, self._resumed = time.monotonic(), self.tokens
 
 
 def _trainer(accelerator: str, devices: int) -> Trainer:
-    rank, _ = ranks()
-    watched = rank == 0 and sys.stderr.isatty()
     with _without_tips():
         return Trainer(
             accelerator=accelerator,
@@ -131,8 +309,7 @@ def _trainer(accelerator: str, devices: int) -> Trainer:
             strategy="ddp" if devices > 1 else "auto",
             # One process is one process, also inside torchrun or SLURM, whose sizes Lightning would check.
             plugins=[LightningEnvironment()] if devices == 1 else None,
-            callbacks=[_Progress()] if watched else None,
-            enable_progress_bar=watched,
+            enable_progress_bar=False,
             enable_checkpointing=False,
             enable_model_summary=False,
             logger=False,
@@ -146,6 +323,15 @@ def ranks() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def _agreed(value: T) -> T:
+    """The first process's value, in all of them."""
+    if ranks()[1] == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _without_tips() -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from kedit_lightning.models.fingerprint import checksum
 from kedit_lightning.writing import write_beside
 
 FORMAT = "kedit-statistics-1"
+PARTIAL = "kedit-statistics-partial-1"
 Moment = tuple[Tensor, int | None]
 """C of shape ``(k, k)`` and the number of keys in it, where that is known."""
 
@@ -40,6 +41,39 @@ def save(path: Path, moment: Tensor, count: int, about: dict[str, str]) -> None:
     definition = "moment = sum of k k^T over count keys; C = moment / count"
     header = {"format": FORMAT, **about, "definition": definition, "sha256": checksum(tensors)}
     write_beside(path, lambda beside: save_file(tensors, beside, header))
+
+
+def save_partial(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Save how far a pass has come; the file is whole or it is not there.
+
+    Args:
+        path: A ``.safetensors`` file.
+        tensors: Its sums, on the CPU.
+        about: The rest of its state, for the file's header.
+    """
+    write_beside(
+        path, lambda beside: save_file(tensors, beside, {"format": PARTIAL, **about, "sha256": checksum(tensors)})
+    )
+
+
+def load_partial(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """What `save_partial` saved; None where there is no such file.
+
+    Raises:
+        StatisticsError: The file is corrupt.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about, found = file.metadata() or {}, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        msg = f"{path}: corrupt or truncated ({error})"
+        raise StatisticsError(msg) from error
+    if about.get("format") != PARTIAL or about.get("sha256") != checksum(found):
+        msg = f"{path}: corrupt (the checksum does not fit)"
+        raise StatisticsError(msg)
+    return found, about
 
 
 def load(path: Path, name: str, width: int, model: str | None = None) -> Moment:

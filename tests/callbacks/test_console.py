@@ -202,6 +202,17 @@ def test_show_puts_runs_beside_one_raw_column(tmp_path: Path) -> None:
     assert re.search(r"raw +ROME +TOP", (tmp_path / "table.txt").read_text(encoding="utf-8"))
 
 
+def test_the_table_names_the_protocol_and_what_papers_call_its_rows(tmp_path: Path) -> None:
+    named = PROTOCOL | {"name": "one batch of 20", "scores": {"ES": "efficacy"}}
+    text = shown(write(tmp_path / "a", protocol=named))
+    assert "TOP, 20 edits: one batch of 20" in text
+    assert "ES efficacy, GS generalization, LS S-specificity, Score of three" in text
+    other = named | {"name": "20 edits otherwise", "batch_size": 20}
+    text = shown(tmp_path / "a", write(tmp_path / "b", protocol=other, editor="ROME"))
+    assert "batch_size (1, 20)." in text
+    assert re.search(r"raw +TOP +ROME", text)
+
+
 def test_show_names_runs_of_one_editor_apart(tmp_path: Path) -> None:
     text = shown(write(tmp_path / "x" / "version_0"), write(tmp_path / "x" / "version_1"))
     assert re.search(r"raw +TOP version_0 +TOP version_1", text)
