@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from kedit_lightning.models.fingerprint import checksum, fingerprint
 from kedit_lightning.writing import write_beside
 
 FORMAT = "kedit-delta-1"
+MEMORY = "memory/"
+"""Begins the names of tensors that are no updates."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,19 @@ class WeightDelta:
         return self.left.shape[0], self.right.shape[0]
 
 
-def save(path: Path, deltas: Sequence[WeightDelta], metadata: dict[str, Any]) -> None:
+def save(
+    path: Path,
+    deltas: Sequence[WeightDelta],
+    metadata: dict[str, Any],
+    memory: Mapping[str, Tensor] | None = None,
+) -> None:
     """Save updates in the order in which they are added.
 
     Args:
         path: A ``.safetensors`` file.
         deltas: The updates.
         metadata: JSON-able: editor, configuration, case ids, fingerprint of the base model.
+        memory: What the editor remembers of this commit, by name.
 
     Raises:
         KeditError: The file cannot be written; nothing is left of it.
@@ -87,6 +95,7 @@ def save(path: Path, deltas: Sequence[WeightDelta], metadata: dict[str, Any]) ->
         for i, delta in enumerate(deltas)
         for kind, tensor in delta.tensors.items()
     }
+    tensors |= {f"{MEMORY}{name}": tensor.detach().cpu().contiguous() for name, tensor in (memory or {}).items()}
     header = {"format": FORMAT, "metadata": json.dumps(metadata), "sha256": checksum(tensors)}
     write_beside(path, lambda beside: beside.write_bytes(to_bytes(tensors, header)))
 
@@ -103,14 +112,22 @@ def load(path: Path) -> tuple[list[WeightDelta], dict[str, Any]]:
     Raises:
         DeltaError: The file is missing, corrupt, truncated or of another kind.
     """
-    header, tensors = _read(path, with_tensors=True)
-    if checksum(tensors) != header["sha256"]:
-        raise _corrupt(path, "the checksum does not fit")
+    header, tensors = _checked(path)
     found: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(tensors):
+    for key in sorted(key for key in tensors if not key.startswith(MEMORY)):
         where, _, kind = key.rpartition("/")
         found.setdefault(where, {})[kind] = tensors[key]
     return [WeightDelta(where.split("/", 1)[1], **kinds) for where, kinds in found.items()], header["metadata"]
+
+
+def load_memory(path: Path) -> dict[str, Tensor]:
+    """What the editor remembered of a commit, by name; empty for most editors.
+
+    Raises:
+        DeltaError: The file is missing, corrupt, truncated or of another kind.
+    """
+    _, tensors = _checked(path)
+    return {key.removeprefix(MEMORY): tensor for key, tensor in tensors.items() if key.startswith(MEMORY)}
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
@@ -121,6 +138,13 @@ def load_metadata(path: Path) -> dict[str, Any]:
     """
     metadata: dict[str, Any] = _read(path, with_tensors=False)[0]["metadata"]
     return metadata
+
+
+def _checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    header, tensors = _read(path, with_tensors=True)
+    if checksum(tensors) != header["sha256"]:
+        raise _corrupt(path, "the checksum does not fit")
+    return header, tensors
 
 
 def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:

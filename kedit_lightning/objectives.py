@@ -10,23 +10,17 @@ from torch import Tensor
 from torch.nn.functional import pairwise_distance
 
 
-def nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of the targets, mean over each row's target tokens.
-
-    ROME Eq. 4 and TOP Eq. 5, first term.
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of target tokens: ROME Eq. 4 and TOP Eq. 5, first term, before its means.
 
     Args:
-        logits: Next-token logits, shape ``(b, t, vocabulary)``.
-        labels: At each position the token it predicts, -100 where nothing is scored; shape ``(b, t)``.
+        logits: Next-token logits before each target token, shape ``(p, vocabulary)``.
+        targets: The target tokens, shape ``(p,)``.
 
     Returns:
-        Nats, shape ``(b,)``.
+        Nats, shape ``(p,)``.
     """
-    row, position = torch.nonzero(labels >= 0, as_tuple=True)
-    log_p = logits[row, position].float().log_softmax(dim=-1)
-    scored = -log_p.gather(1, labels[row, position, None])[:, 0]
-    count = torch.bincount(row, minlength=len(labels))
-    return scored.new_zeros(len(labels)).index_add(0, row, scored) / count
+    return -logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
 
 
 def essence_kl(log_p: Tensor, reference: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from kedit_lightning import delta as delta_files
 from kedit_lightning.delta import WeightDelta
@@ -69,14 +71,21 @@ class RunDirectory:
         """Remember where the lines of the edits since the last restoration begin."""
         self._group_start = self._end()
 
-    def commit(self, number: int, deltas: Sequence[WeightDelta], metadata: Record, records: Sequence[Record]) -> None:
+    def commit(
+        self,
+        number: int,
+        deltas: Sequence[WeightDelta],
+        metadata: Record,
+        records: Sequence[Record],
+        memory: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Save an edit batch: the delta file, then its lines of edits.jsonl; both or neither.
 
         Raises:
             KeditError: The disk is full.
         """
         file = self._file(number)
-        delta_files.save(file, deltas, metadata)
+        delta_files.save(file, deltas, metadata, memory)
         try:
             self._write_at(self._end(), _as_lines(records))
         except BaseException:  # an interrupt too: the trainer rolls the weights back, so the commit goes as well

@@ -59,6 +59,12 @@ class EditStream:
             groups = [_flat(group) for group in self.datamodule.groups()]
             self.before = self.measurement.score("before", groups, self.pre)
 
+    def restore(self) -> None:
+        """Begin again with the unedited model: its weights, and an editor that remembers nothing."""
+        self.editor.base.restore()
+        self.editor.forget()
+        self.run.start_group()
+
     def edit(self, batch: list[Edit], group: int, fit: Callable[[], None]) -> list[Record]:
         """One edit batch: all its passes, then the commit; nothing is left of it if anything fails.
 
@@ -81,7 +87,8 @@ class EditStream:
             deltas = update.take()
             seconds = round((time.time() - started) / len(batch), 3)
             records = [{**self._record(i, group), "seconds": seconds} for i in range(len(batch))]
-            self.run.commit(self.commits, deltas, self._metadata(batch, group), records)
+            self.run.commit(self.commits, deltas, self._metadata(batch, group), records, editor.memory)
+        editor.remember(editor.memory)
         self._log_norms(deltas)
         self.done += len(batch)
         self.commits += 1
@@ -114,7 +121,7 @@ class EditStream:
 
     def _record(self, i: int, group: int) -> Record:
         editor, position = self.editor, self.done + i
-        edit = editor.batch.edits[i]
+        edit = editor.edits[i]
         stages = [
             {"stage": outcome.stage, "layer": editor.passes()[outcome.pass_], **outcome.final(i)}
             for outcome in editor.outcomes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from kedit_lightning.edits import SLOT, Edit
 from kedit_lightning.errors import DataError
 from kedit_lightning.models import Batch, LanguageModel, collate
+from kedit_lightning.models.encoding import Row, buckets
 from kedit_lightning.models.generation import sample
 
 ESSENCE = "{} is a"
@@ -88,6 +90,7 @@ class EditBatch:
         edit: The edit of each row, shape ``(b,)``.
         essence: Which rows are "{subject} is a", shape ``(b,)``.
         weight: Weight of each row in its edit's key: mean over groups of the mean in the group; 0 for essence rows.
+        index: Place of each edit among all that are solved together, shape ``(n,)``.
     """
 
     edits: Sequence[Edit]
@@ -95,6 +98,7 @@ class EditBatch:
     edit: Tensor
     essence: Tensor
     weight: Tensor
+    index: Tensor
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -111,46 +115,94 @@ class EditBatch:
         """Each edit's bare prompt, n rows."""
         return self.rows.select(self.bare)
 
+    def select(self, edits: Tensor) -> EditBatch:
+        """The rows of some of the edits, in ascending order."""
+        number = torch.full((len(self),), -1, device=self.edit.device)
+        number[edits] = torch.arange(len(edits), device=self.edit.device)
+        rows = torch.nonzero(number[self.edit] >= 0)[:, 0]
+        return EditBatch(
+            [self.edits[i] for i in edits.tolist()],
+            self.rows.select(rows),
+            number[self.edit[rows]],
+            self.essence[rows],
+            self.weight[rows],
+            self.index[edits.cpu()],
+        )
+
+    def placed(self, places: Sequence[int]) -> EditBatch:
+        """The same batch where what `index` counts are these edits of a larger number."""
+        return replace(self, index=torch.tensor(places)[self.index])
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the rows take, padding included."""
+        return self.rows.input_ids.numel()
+
     def to(self, device: torch.device | str) -> EditBatch:
-        """The same batch on another device."""
+        """The same batch on another device; `index` stays on the CPU."""
         return EditBatch(
             self.edits,
             self.rows.to(device),
             self.edit.to(device),
             self.essence.to(device),
             self.weight.to(device),
+            self.index,
         )
 
 
-def edit_batch(
-    base: LanguageModel, edits: Sequence[Edit], templates: Sequence[Sequence[str]], *, separate: bool = False
-) -> EditBatch:
-    """Tokenise edits in their context templates.
+def edit_batches(
+    base: LanguageModel,
+    edits: Sequence[Edit],
+    templates: Sequence[Sequence[str]],
+    *,
+    max_tokens: int,
+    separate: bool = False,
+) -> list[EditBatch]:
+    """Tokenise edits in their context templates and share them out to batches; no edit is divided.
 
     Args:
         base: The model that will read the rows.
         edits: n edits.
         templates: Context templates in groups, the bare one first.
+        max_tokens: Tokens of a batch at most, padding included; an edit beyond it has a batch of its own.
         separate: Tokenise targets on their own, as the released codes do.
 
     Raises:
         DataError: A prompt is longer than the model's context; the case is named.
     """
-    rows, edit, weight = [], [], []
-    for i, request in enumerate(edits):
-        try:
-            for group in templates:
-                for template in group:
-                    start = template.index(SLOT) + request.prompt.index(SLOT)
-                    span = (start, start + len(request.subject))
-                    rows.append(base.encode(request.fill(template), request.target_new, span, separate=separate))
-                    edit.append(i)
-                    weight.append(1 / len(group) / len(templates))
-            rows.append(base.encode(ESSENCE.format(request.subject), None, (0, len(request.subject))))
-            edit.append(i)
-            weight.append(0.0)
-        except DataError as error:
-            msg = f"case {request.case_id}: {error}"
-            raise DataError(msg) from error
-    weights = torch.tensor(weight)
-    return EditBatch(edits, collate(rows), torch.tensor(edit), weights == 0, weights)
+    rows = [_rows(base, request, templates, separate=separate) for request in edits]
+    n_rows = sum(map(len, templates)) + 1
+    lengths = [n_rows * max(len(row.ids) for row in mine) for mine in rows]
+    weight = torch.tensor([1 / len(group) / len(templates) for group in templates for _ in group] + [0.0])
+    batches = []
+    for chosen in map(sorted, buckets(lengths, max_tokens)):
+        edit = torch.arange(len(chosen)).repeat_interleave(n_rows)
+        weights = weight.repeat(len(chosen))
+        together = collate([row for i in chosen for row in rows[i]])
+        batches.append(
+            EditBatch([edits[i] for i in chosen], together, edit, weights == 0, weights, torch.tensor(chosen))
+        )
+    return batches
+
+
+def edit_batch(
+    base: LanguageModel, edits: Sequence[Edit], templates: Sequence[Sequence[str]], *, separate: bool = False
+) -> EditBatch:
+    """Tokenise edits in their context templates: all in one batch; see `edit_batches`."""
+    (batch,) = edit_batches(base, edits, templates, max_tokens=sys.maxsize, separate=separate)
+    return batch
+
+
+def _rows(base: LanguageModel, edit: Edit, templates: Sequence[Sequence[str]], *, separate: bool) -> list[Row]:
+    """An edit's prompt in every context template, then "{subject} is a"."""
+    rows = []
+    try:
+        for template in (template for group in templates for template in group):
+            start = template.index(SLOT) + edit.prompt.index(SLOT)
+            span = (start, start + len(edit.subject))
+            rows.append(base.encode(edit.fill(template), edit.target_new, span, separate=separate))
+        rows.append(base.encode(ESSENCE.format(edit.subject), None, (0, len(edit.subject))))
+    except DataError as error:
+        msg = f"case {edit.case_id}: {error}"
+        raise DataError(msg) from error
+    return rows

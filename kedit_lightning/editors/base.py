@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning import objectives, solvers
-from kedit_lightning.data.prompts import ContextTemplates, edit_batch
+from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors.stages import Terms, ValueDelta
+from kedit_lightning.editors.losses import KLPrompt, edit_loss
+from kedit_lightning.editors.parts import Parts
+from kedit_lightning.editors.reading import Keys, read_keys, read_values
+from kedit_lightning.editors.stages import Loss, ValueDelta
 from kedit_lightning.editors.training import StagedTraining
-from kedit_lightning.edits import Edit, Site, Token
+from kedit_lightning.edits import Edit, Part, Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.encoding import Batch
+from kedit_lightning.models.memory import require, token_budget
 from kedit_lightning.models.statistics import KeyStatistics, Statistics
+from kedit_lightning.models.suffix import FullForward, SuffixForward
 
 Preset = Literal["paper", "released"]
+Spread = Literal["even", "sqrt"]
 
 
 class Editor(StagedTraining):
@@ -33,14 +39,18 @@ class Editor(StagedTraining):
 
     Args:
         base: The frozen base model.
-        layers: Layers whose weights are edited.
+        layers: Layers whose weights are edited, ascending.
+        v_num_grad_steps: Loss evaluations of a stage at most (one update fewer).
         v_lr: Adam's learning rate.
         v_weight_decay: Factor of ``‖δ‖ / ‖v₀‖²``.
         clamp_norm_factor: ‖δ‖ is at most this times ‖v₀‖.
         kl_factor: Factor of the essence KL.
-        mom2_adjustment: Whether keys are whitened by their second moment; false takes the identity.
+        mom2_adjustment: Whether keys are weighed by their second moment; false takes the identity.
         statistics: Where the second moment comes from.
         context_templates: Texts put before the prompts.
+        forward: ``suffix`` runs only the layers and tokens that δ can change; ``full`` the whole model, for comparison.
+        max_tokens: Tokens optimised together, padding included; null: what fits into the GPU's free memory, 8192 on a
+            CPU. Where memory runs out, half as many are tried. An edit's rows always stay together.
         preset: ``paper``, or ``released`` to follow the authors' code where it differs.
 
     Raises:
@@ -52,43 +62,47 @@ class Editor(StagedTraining):
         base: LanguageModel,
         layers: list[int],
         *,
-        v_lr: float,
-        v_weight_decay: float,
-        clamp_norm_factor: float,
-        kl_factor: float,
-        mom2_adjustment: bool,
-        statistics: Statistics | None,
-        context_templates: ContextTemplates | None,
-        preset: Preset,
+        v_num_grad_steps: int = 25,
+        v_lr: float = 0.5,
+        v_weight_decay: float = 0.5,
+        clamp_norm_factor: float = 0.75,
+        kl_factor: float = 0.0625,
+        mom2_adjustment: bool = True,
+        statistics: Statistics | None = None,
+        context_templates: ContextTemplates | None = None,
+        forward: Literal["suffix", "full"] = "suffix",
+        max_tokens: int | None = None,
+        preset: Preset = "paper",
     ) -> None:
         super().__init__(base, v_lr)
         self.save_hyperparameters(ignore=["base"], logger=False)
-        if not layers or len(set(layers)) < len(layers):
-            msg = f"layers: expected at least one layer to edit, each once, got {layers}"
-            raise KeditError(msg)
+        self.layers = [base.check_layer(layer) for layer in ascending(layers=layers)]
         at_least(0, v_weight_decay=v_weight_decay, kl_factor=kl_factor)
+        at_least(1, v_num_grad_steps=v_num_grad_steps, max_tokens=max_tokens or 1)
         at_least(1e-12, v_lr=v_lr, clamp_norm_factor=clamp_norm_factor)
         if mom2_adjustment and statistics is None:
             msg = (
-                f"{type(self).__name__} whitens keys by their second moment over some text: give `statistics` a source "
+                f"{type(self).__name__} weighs keys by their second moment over some text: give `statistics` a source "
                 "(almanac, a text file, a data set), or mom2_adjustment: false to do without"
             )
             raise KeditError(msg)
-        self.layers = sorted(base.check_layer(layer) for layer in layers)
+        self.v_num_grad_steps = v_num_grad_steps
         self.v_weight_decay, self.clamp_norm_factor, self.kl_factor = v_weight_decay, clamp_norm_factor, kl_factor
-        self.mom2_adjustment = mom2_adjustment
-        self.statistics = statistics or Statistics("identity")
+        self.statistics = statistics if mom2_adjustment and statistics else Statistics("identity")
         self.context_templates = context_templates or ContextTemplates()
-        self.preset = preset
+        self.preset, self.max_tokens = preset, max_tokens
+        self._forward = SuffixForward if forward == "suffix" else FullForward
         self.templates: list[list[str]] = []
         self.moments: dict[Site, KeyStatistics] = {}
+        self.memory: dict[str, Tensor] = {}
         self.layer: int
 
     @property
     def config(self) -> dict[str, Any]:
         """The settings as plain data, statistics and templates included."""
         nested = (Statistics, ContextTemplates)
-        return {key: asdict(value) if isinstance(value, nested) else value for key, value in self.hparams.items()}
+        own = {key: value for key, value in self.hparams.items() if not key.startswith("_")}  # without jsonargparse's
+        return {key: asdict(value) if isinstance(value, nested) else value for key, value in own.items()}
 
     # ------------------------------------------------------------------ what an editor says
 
@@ -98,7 +112,10 @@ class Editor(StagedTraining):
 
     @abstractmethod
     def write(self) -> Generator[WeightDelta, None, None]:
-        """Yield the weight updates; each is added to the weights before the next is asked for."""
+        """Yield the weight updates; each is added to the weights before the next is asked for.
+
+        After the last, `memory` may be given what the commit is to remember.
+        """
 
     def passes(self) -> Sequence[int]:
         """The layer that `locate` starts from, a pass an entry; one pass by default."""
@@ -108,102 +125,144 @@ class Editor(StagedTraining):
         """Where weights are edited and keys are read."""
         return [Site(layer, "mlp") for layer in self.layers]
 
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """Take in what a commit has remembered; called after each commit with its `memory`."""
+
+    def forget(self) -> None:
+        """Drop all that was remembered: the weights are being restored."""
+
     # ------------------------------------------------------------------ what an editor is given
 
     def prepare(self) -> None:
         """Once before the first edit, on the unedited model: context templates and second moments of the keys."""
         self.evaluations = 0
+        self.budget = self.max_tokens or token_budget(self.base)
         self.templates = self.context_templates(self.base)
-        if self.mom2_adjustment:
-            self.moments = self.statistics.second_moments(self.base, self.sites())
+        self.moments = self.statistics.second_moments(self.base, self.sites())
 
     def begin(self, edits: Sequence[Edit], pass_: int = 0) -> None:
-        """Get ready for one pass over one edit batch."""
+        """Get ready for one pass over one edit batch.
+
+        Raises:
+            KeditError: There are more edits than memory for their keys and values.
+        """
         if pass_ == 0:
-            self.outcomes = []
+            require(self.base, self.sites(), len(edits))
             separate = self.preset == "released"
-            self.batch = edit_batch(self.base, edits, self.templates, separate=separate).to(self.base.device)
+            self.parts = Parts(self.base, edits, self.templates, self.budget, separate=separate)
+            self.edits, self.outcomes, self.memory = edits, [], {}
         self.pass_, self.layer = pass_, self.passes()[pass_]
         self.deltas = nn.ModuleList()
         self.locate()
 
-    def value_delta(self, site: Site, token: Token) -> ValueDelta:
-        """A δ at a site and token, with v₀ read from the current model on the bare prompts."""
+    def value_delta(self, site: Site, token: Token, name: str = "", **settings: Any) -> ValueDelta:
+        """A δ at a site and token; v₀ is read from the current model on the bare prompts when it is optimised.
+
+        Args:
+            site: Where δ is added.
+            token: At which token.
+            name: Tells the δs of a loss apart.
+            settings: What differs from the editor's own: ``clamp_norm_factor``, ``v_weight_decay``, ``written_at``.
+        """
         self.base.check_layer(site.layer)
-        rows = self.batch.bare_rows
-        origin = self.base.read(rows, {site: rows.at[token]})[site]
-        delta = ValueDelta(site, token, origin, self.clamp_norm_factor)
+        shape = len(self.edits), self.base.weight(Site(site.layer, "mlp")).shape[0]
+        shared = {"clamp_norm_factor": self.clamp_norm_factor, "v_weight_decay": self.v_weight_decay}
+        delta = ValueDelta(site, token, shape, name=name, **(shared | settings))
         self.deltas.append(delta)
         return delta
 
-    def edit_loss(self, *deltas: ValueDelta, essence_at: Tensor | None = None) -> Callable[[], Terms]:
-        """The loss that seven editors share: ``nll + kl_factor · essence_kl + v_weight_decay · ‖δ‖/‖v₀‖²``.
+    # ------------------------------------------------------------------ what the model says
 
-        Every δ is added in every row at the row's own token. The KL is taken at the first δ's token of
-        "{subject} is a", against the model as it stands before this edit (Eqs. 4 of ROME, 5 of TOP).
+    def forward_from(self, rows: Batch, at: Mapping[Site, Tensor], last: int | None = None) -> FullForward:
+        """The model on rows in which vectors are added at these positions of sites, up to a layer or to its head."""
+        return self._forward(self.base, rows, at, last)
 
-        Args:
-            deltas: The δs.
-            essence_at: Another position in the "{subject} is a" rows for the first δ and the KL, shape ``(n,)``.
-        """
-        rows, edit, essence = self.batch.rows, self.batch.edit, self.batch.essence
-        at = {delta: rows.at[delta.token].clone() for delta in deltas}
-        if essence_at is not None:
-            at[deltas[0]][essence] = essence_at
-        n, kl_at = len(self.batch), at[deltas[0]][essence]
-        asking = torch.nonzero(~essence)[:, 0]
-        line, position = torch.nonzero(rows.labels[asking] >= 0, as_tuple=True)
-        targets = rows.labels[asking[line], position]
-        # Where logits are needed: before every target token, then at the KL's place of every edit.
-        read = torch.cat([asking[line], torch.nonzero(essence)[:, 0]]), torch.cat([position, kl_at])
+    def edit_loss(
+        self,
+        *deltas: ValueDelta,
+        kl_factor: float | None = None,
+        kl_prompt: KLPrompt = "essence",
+        slip: Tensor | None = None,
+    ) -> Callable[[], Loss]:
+        """The loss that seven editors share, of the edits under way; see `editors.losses.edit_loss`."""
+        kl_factor = self.kl_factor if kl_factor is None else kl_factor
+        return edit_loss(self.forward_from, self.batch, deltas, kl_factor=kl_factor, kl_prompt=kl_prompt, slip=slip)
 
-        with torch.no_grad():
-            every = torch.arange(n, device=kl_at.device)
-            reference = self.base.logits(rows.select(essence), (every, kl_at)).float().log_softmax(-1)
+    def keys(self, tokens: Mapping[Site, Token]) -> dict[Site, Keys]:
+        """Keys of all edits of the batch at tokens of sites, by one forward pass."""
+        return read_keys(self.base, self.parts, tokens)
 
-        def terms() -> Terms:
-            with ExitStack() as stack:
-                for delta in deltas:
-                    stack.enter_context(self.base.add(delta.site, at[delta], delta.delta[edit]))
-                logits = self.base.logits(rows, read)
-            nll = objectives.nll(logits[:-n, None], targets[:, None])
-            nll = objectives.mean_over_rows(nll, line, len(asking))
-            decay = [objectives.weight_decay(delta.delta, delta.origin) for delta in deltas]
-            return {
-                "nll": objectives.mean_over_rows(nll, edit[~essence], n),
-                "kl": self.kl_factor * objectives.essence_kl(logits[-n:].float().log_softmax(-1), reference),
-                "weight_decay": self.v_weight_decay * torch.stack(decay).sum(dim=0),
-            }
+    def present(self, tokens: Mapping[Site, Token]) -> dict[Site, Tensor]:
+        """What sites put out now at tokens of the bare prompts of all edits; float32, shape ``(n, d)``."""
+        return read_values(self.base, self.parts, tokens)
 
-        return terms
+    # ------------------------------------------------------------------ what is solved with it
 
     def whiten(self, keys: Tensor, site: Site) -> Tensor:
         """``C⁻¹ k`` in float64 for keys of shape ``(n, k)``; k itself without ``mom2_adjustment``."""
-        keys = solvers.double(keys)
-        return self.moments[site].solve(keys) if self.mom2_adjustment else keys
+        return self.moments[site].solve(keys)
 
-    def mean_keys(self, site: Site, token: Token) -> Tensor:
-        """k*: each edit's key, its mean over the context templates (by groups, where there are groups); ``(n, k)``."""
-        keys = self.base.keys(self.batch.rows, {site: self.batch.rows.at[token]})[site]
-        weight = self.batch.weight.to(keys.device)
-        edit = self.batch.edit.to(keys.device)
-        return keys.new_zeros(len(self.batch), keys.shape[1]).index_add(0, edit, keys * weight[:, None])
+    def spread(
+        self,
+        layers: Sequence[int],
+        deltas: Mapping[Part, ValueDelta],
+        rule: Spread,
+        weight: float,
+        *,
+        together: bool = True,
+    ) -> Generator[WeightDelta, None, None]:
+        """Write values over layers, each taking its share of what the layers below have left (MEMIT, Sec. 4.3).
 
-    def bare_keys(self, site: Site, token: Token) -> Tensor:
-        """Each edit's key in its bare prompt, shape ``(n, k)``."""
-        rows = self.batch.bare_rows
-        return self.base.keys(rows, {site: rows.at[token]})[site]
+        Layer i of n takes ``(v − present) / (n − i)``, or with ``sqrt`` its square root (PMET, JEEP), where both are
+        taken where the value is written and on the model edited so far.
+
+        Args:
+            layers: The layers, ascending.
+            deltas: For each kind of weight the value that it is to produce in the last layer.
+            rule: How the residual is shared.
+            weight: λ of the second moment.
+            together: Read the keys of all kinds of weights of a layer before any of them is written.
+        """
+        groups = [deltas] if together else [{part: delta} for part, delta in deltas.items()]
+        for (i, layer), group in product(enumerate(layers), groups):
+            share = (len(layers) - i) ** (0.5 if rule == "sqrt" else 1.0)
+            keys = self.keys({Site(layer, part): delta.token for part, delta in group.items()})
+            present = self.present({delta.written_at: delta.token for delta in group.values()})
+            for part, delta in group.items():
+                site, now = Site(layer, part), present[delta.written_at]
+                yield self.solve(site, (delta.value.to(now.device) - now) / share, keys[site].mean, weight)
+
+    def solve(self, site: Site, residual: Tensor, keys: Tensor, weight: float) -> WeightDelta:
+        """``Δ = R Kᵀ (λC + K Kᵀ)⁻¹`` for residuals ``(n, d)`` and keys ``(n, k)`` (MEMIT Eq. 14)."""
+        left, right = self.moments[site].least_squares(residual, keys, weight)
+        return WeightDelta.low_rank(self.base.name(site), left, right)
 
     def settle(self) -> None:
         """After `write`: how far the edited model's values are from those that were wanted."""
-        rows = self.batch.bare_rows
         for outcome in self.outcomes:
-            if outcome.pass_ != self.pass_:
-                continue
-            outcome.residual = torch.zeros(len(self.batch))
-            for delta in outcome.deltas:
-                found, wanted = self.base.read(rows, {delta.site: rows.at[delta.token]})[delta.site], delta.value
-                outcome.residual += ((found.to(wanted) - wanted).norm(dim=1) / wanted.norm(dim=1)).cpu()
+            if outcome.pass_ == self.pass_:
+                found = self.present({delta.written_at: delta.token for delta in outcome.deltas})
+                errors = [
+                    (found[delta.written_at].cpu() - delta.value).norm(dim=1) / delta.value.norm(dim=1)
+                    for delta in outcome.deltas
+                ]
+                outcome.residual = torch.stack(errors).sum(dim=0)
+
+
+def ascending(**layers: list[int]) -> list[int]:
+    """The layers of a setting, if there are any, each once and ascending.
+
+    Args:
+        layers: The layers by the setting's name.
+
+    Raises:
+        KeditError: They are not.
+    """
+    ((name, found),) = layers.items()
+    if not found or sorted(set(found)) != list(found):
+        msg = f"{name}: expected at least one layer, each once and in ascending order, got {found}"
+        raise KeditError(msg)
+    return found
 
 
 def at_least(least: float, **settings: float) -> None:

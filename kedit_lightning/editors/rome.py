@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Literal
 
 from kedit_lightning import solvers
-from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors.base import Editor, Preset, at_least
+from kedit_lightning.editors.base import Editor, Spread, at_least
 from kedit_lightning.editors.stages import Stage, below
 from kedit_lightning.edits import Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.models.statistics import Statistics
 
 
 class ROME(Editor):
@@ -27,19 +26,19 @@ class ROME(Editor):
     subject's last token, and the loss has a clamp, a weight decay and an early stop at 0.05. ``preset: released``
     also tokenises targets on their own.
 
+    ``solver: least_squares`` is in no paper: it writes the values v* of a whole edit batch at once, as MEMIT does, over
+    one or several layers.
+
     Args:
         base: The frozen base model.
-        layers: Layers to edit.
+        layers: Layers to edit, ascending.
         v_num_grad_steps: Loss evaluations at most.
-        v_lr: Adam's learning rate.
-        v_weight_decay: Factor of ``‖δ‖ / ‖v₀‖²``.
         clamp_norm_factor: ‖δ‖ is at most this times ‖v₀‖.
-        kl_factor: Factor of the essence KL.
-        mom2_adjustment: Whether keys are whitened by their second moment; false takes the identity.
-        statistics: Where the second moment comes from.
-        context_templates: Texts put before the prompts.
-        preset: ``paper``, or ``released`` to follow the authors' code where it differs.
         stop: The stage ends for an edit when its loss is below this.
+        solver: ``constrained``: one rank-one update an edit; ``least_squares``: one update for all edits of a batch.
+        mom2_update_weight: λ of ``least_squares``, the weight of the second moment.
+        spread: How ``least_squares`` shares the residual over several layers.
+        shared: The settings of every editor, see `Editor`.
     """
 
     def __init__(
@@ -47,34 +46,21 @@ class ROME(Editor):
         base: LanguageModel,
         layers: list[int],
         v_num_grad_steps: int = 20,
-        v_lr: float = 0.5,
-        v_weight_decay: float = 0.5,
         clamp_norm_factor: float = 4.0,
-        kl_factor: float = 0.0625,
-        mom2_adjustment: bool = True,
-        statistics: Statistics | None = None,
-        context_templates: ContextTemplates | None = None,
-        preset: Preset = "paper",
         stop: float = 5e-2,
+        solver: Literal["constrained", "least_squares"] = "constrained",
+        mom2_update_weight: float = 15000,
+        spread: Spread = "even",
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            base,
-            layers,
-            v_lr=v_lr,
-            v_weight_decay=v_weight_decay,
-            clamp_norm_factor=clamp_norm_factor,
-            kl_factor=kl_factor,
-            mom2_adjustment=mom2_adjustment,
-            statistics=statistics,
-            context_templates=context_templates,
-            preset=preset,
-        )
-        at_least(1, v_num_grad_steps=v_num_grad_steps)
-        self.v_num_grad_steps, self.stop = v_num_grad_steps, stop
+        super().__init__(base, layers, v_num_grad_steps=v_num_grad_steps, clamp_norm_factor=clamp_norm_factor, **shared)
+        at_least(1e-12, mom2_update_weight=mom2_update_weight)
+        self.stop, self.solver = stop, solver
+        self.mom2_update_weight, self.rule = mom2_update_weight, spread
 
     def passes(self) -> Sequence[int]:
-        """One pass a layer."""
-        return self.layers
+        """One pass a layer, or one for all with ``least_squares``."""
+        return self.layers if self.solver == "constrained" else self.layers[-1:]
 
     def locate(self) -> None:
         """v: the edited MLP's output at the subject's last token."""
@@ -82,18 +68,21 @@ class ROME(Editor):
 
     def stages(self) -> Iterator[Stage]:
         """v*."""
-        yield Stage("v", (self.v,), self.edit_loss(self.v), self.v_num_grad_steps, below(self.stop))
+        yield Stage("v", (self.v,), lambda: self.edit_loss(self.v), self.v_num_grad_steps, below(self.stop))
 
     def write(self) -> Generator[WeightDelta, None, None]:
-        """One rank-one update an edit, so that ``(W + Δ) k = v*`` at the bare prompt's key."""
+        """One rank-one update an edit, so that ``(W + Δ) k = v*`` at the bare prompt's key; or all at once."""
+        if self.solver == "least_squares":
+            yield from self.spread(self.layers, {"mlp": self.v}, self.rule, self.mom2_update_weight)
+            return
         site, values = self.v.site, self.v.value
-        direction = self.whiten(self.mean_keys(site, self.v.token), site)
-        keys = self.bare_keys(site, self.v.token)
-        for i, request in enumerate(self.batch.edits):
-            present = self.base.project(site, keys[i])
+        keys = self.keys({site: self.v.token})[site]
+        direction = self.whiten(keys.mean, site)
+        for i, request in enumerate(self.edits):
+            present = self.base.project(site, keys.bare[i])
             residual = values[i].to(present.device) - present
             try:
-                left, right = solvers.constrained(residual, direction[i], keys[i])
+                left, right = solvers.constrained(residual, direction[i], keys.bare[i])
             except ValueError as error:
                 msg = f"case {request.case_id}: {error}"
                 raise KeditError(msg) from error

@@ -11,31 +11,96 @@ from torch import Tensor, nn
 from kedit_lightning.edits import Site, Token
 
 Terms = dict[str, Tensor]
-"""Terms of a loss, factors counted, each of shape ``(n,)``: their sum is the loss."""
+"""Terms of a loss, factors counted, each of shape ``(m,)``: their sum is the loss."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One evaluation of a stage's loss for m edits.
+
+    Args:
+        terms: Its terms, factors counted, each of shape ``(m,)``.
+        probability: Mean over an edit's rows of the target's probability (geometric mean over its tokens), ``(m,)``;
+            None where the loss has no target.
+        certain: Whether all tokens of an edit's target are the likeliest ones in all its rows, ``(m,)``.
+    """
+
+    terms: Terms
+    probability: Tensor | None = None
+    certain: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """The loss, shape ``(m,)``."""
+        return torch.stack(list(self.terms.values())).sum(dim=0)
+
+
+Stop = Callable[[Loss], Tensor]
+"""Stopping rule: which edits are done, shape ``(m,)``."""
 
 
 class ValueDelta(nn.Module):
     """δ, a vector an edit, added to the output of a site.
 
+    The n edits of a batch are optimised part by part, as many together as memory takes: `delta` and `origin` are the
+    lines of the m edits under way, and of all n when it is over.
+
     Args:
         site: Where δ is added.
         token: At which token of each row.
-        origin: v₀, the site's output on each edit's bare prompt, shape ``(n, d)``, float32.
+        shape: ``(n, d)``.
         clamp_norm_factor: After each step ‖δ‖ is at most this times ‖v₀‖.
+        v_weight_decay: Factor of ``‖δ‖ / ‖v₀‖²``.
+        name: Tells the δs of a loss apart in curves and records; empty where there is no need.
+        written_at: The site whose output is to become v₀ + δ by the weight update; by default ``site``.
     """
 
-    origin: Tensor
-
-    def __init__(self, site: Site, token: Token, origin: Tensor, clamp_norm_factor: float) -> None:
+    def __init__(
+        self,
+        site: Site,
+        token: Token,
+        shape: tuple[int, int],
+        clamp_norm_factor: float,
+        v_weight_decay: float,
+        name: str = "",
+        written_at: Site | None = None,
+    ) -> None:
         super().__init__()
-        self.site, self.token, self.clamp_norm_factor = site, token, clamp_norm_factor
-        self.delta = nn.Parameter(torch.zeros_like(origin))
-        self.register_buffer("origin", origin, persistent=False)
+        self.site, self.token, self.name, self.written_at = site, token, name, written_at or site
+        self.clamp_norm_factor, self.v_weight_decay = clamp_norm_factor, v_weight_decay
+        self._origins, self._deltas, self._shown = torch.zeros(shape), torch.zeros(shape), torch.arange(shape[0])
+        self.origin, self.delta = self._origins, nn.Parameter(torch.zeros(shape))
 
     @property
     def value(self) -> Tensor:
         """v₀ + δ, shape ``(n, d)``."""
         return self.origin + self.delta.detach()
+
+    @property
+    def label(self) -> str:
+        """Its name, or the part of the model that it is added to."""
+        return self.name or self.site.part
+
+    def open(self, index: Tensor, origin: Tensor) -> None:
+        """Turn to m edits, which are these of the batch, with δ = 0.
+
+        Args:
+            index: Their places, shape ``(m,)``.
+            origin: v₀, float32, shape ``(m, d)``.
+        """
+        self._origins[index], self._deltas[index] = origin.cpu(), 0.0
+        self._shown = index[:0]
+        self.show(index, origin.device)
+
+    def show(self, index: Tensor, device: torch.device) -> None:
+        """Keep the lines that are shown, and show those of these edits of the batch."""
+        self._deltas[self._shown] = self.delta.detach()[: len(self._shown)].cpu()
+        self._shown, self.delta.grad = index, None
+        self.origin, self.delta.data = self._origins[index].to(device), self._deltas[index].to(device)
+
+    def whole(self) -> None:
+        """Show all n edits."""
+        self.show(torch.arange(len(self._deltas)), self.delta.device)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -52,49 +117,86 @@ class Stage:
     Args:
         name: Prefix of its curves.
         deltas: What is optimised.
-        loss: Gives the terms whose sum is the loss, each of shape ``(n,)``.
+        prepare: Gives what evaluates the loss of the m edits under way, at their δs of that time.
         steps: Loss evaluations N at most.
-        stop: From the terms, which edits are done; shape ``(n,)``. They take no further update.
+        stop: Which edits are done. They take no further update.
     """
 
     name: str
     deltas: tuple[ValueDelta, ...]
-    loss: Callable[[], Terms]
+    prepare: Callable[[], Callable[[], Loss]]
     steps: int
-    stop: Callable[[Terms], Tensor]
+    stop: Stop
 
 
 @dataclass
 class Outcome:
-    """How a stage ended, an entry an edit.
+    """How a stage ended for the n edits of a batch.
 
     Args:
         stage: The stage.
         pass_: Which pass of the edit batch.
-        curves: Per loss evaluation the terms, each ``(n,)``; an edit's last entry is that of its δ.
-        steps: Loss evaluations each edit took, ``(n,)``.
         deltas: What was optimised.
+        steps: Loss evaluations each edit took, ``(n,)``.
+        probability: The target's probability of each edit at its last loss evaluation, ``(n,)``; nan without a target.
+        curves: Per loss evaluation the terms, each ``(n,)``; an edit's last entry, that of its δ, is repeated.
         residual: Distance of the edited model's values from those wanted, relative to the latter, summed over the δs;
             ``(n,)``.
     """
 
     stage: str
     pass_: int
-    deltas: tuple[ValueDelta, ...] = ()
+    deltas: tuple[ValueDelta, ...]
+    steps: Tensor
+    probability: Tensor
     curves: list[Terms] = field(default_factory=list)
-    steps: Tensor = field(default_factory=lambda: torch.zeros(0))
     residual: Tensor | None = None
+
+    @classmethod
+    def of(cls, stage: Stage, pass_: int, n: int) -> Outcome:
+        """That of a stage which has not begun."""
+        return cls(stage.name, pass_, stage.deltas, torch.zeros(n, dtype=torch.long), torch.full((n,), torch.nan))
+
+    def add(self, loss: Loss, index: Tensor, running: Tensor, evaluation: int) -> None:
+        """Keep a loss evaluation of m edits.
+
+        Args:
+            loss: The loss.
+            index: The edits' places in the batch, shape ``(m,)``.
+            running: Which of them were not done before, shape ``(m,)``; the others' last entries stay.
+            evaluation: Which evaluation it is, from 0.
+        """
+        index = index[running]
+        if evaluation == len(self.curves):
+            unknown = {term: torch.full_like(self.probability, torch.nan) for term in loss.terms}
+            self.curves.append({term: v.clone() for term, v in (self.curves[-1] if self.curves else unknown).items()})
+        for term, values in loss.terms.items():
+            for later in self.curves[evaluation:]:
+                later[term][index] = values.detach().float().cpu()[running]
+        if loss.probability is not None:
+            self.probability[index] = loss.probability.detach().float().cpu()[running]
+        self.steps[index] = evaluation + 1
 
     def final(self, i: int) -> dict[str, float]:
         """Terms and number of loss evaluations of edit i when it stopped, ‖δ‖/‖v₀‖, and what is left after writing."""
         found = {term: float(values[i]) for term, values in self.curves[int(self.steps[i]) - 1].items()}
         for delta in self.deltas:
-            found[f"delta/{delta.site.part}"] = float(delta.delta[i].detach().norm() / delta.origin[i].norm())
+            found[f"delta/{delta.label}"] = float(delta.delta[i].detach().norm() / delta.origin[i].norm())
         if self.residual is not None:
             found["residual"] = float(self.residual[i])
         return {"steps": int(self.steps[i]), **found}
 
 
-def below(threshold: float) -> Callable[[Terms], Tensor]:
+def below(threshold: float) -> Stop:
     """Stopping rule: the loss, all terms and factors counted, is below a threshold."""
-    return lambda terms: torch.stack(list(terms.values())).sum(dim=0) < threshold
+    return lambda loss: loss.total < threshold
+
+
+def likely(probability: float) -> Stop:
+    """Stopping rule: the target is at least this likely (JEEP)."""
+
+    def stop(loss: Loss) -> Tensor:
+        assert loss.probability is not None
+        return loss.probability >= probability
+
+    return stop

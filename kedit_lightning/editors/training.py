@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from kedit_lightning.data.prompts import EditBatch
-from kedit_lightning.editors.stages import Outcome, Stage, Terms
+from kedit_lightning.editors.parts import Parts
+from kedit_lightning.editors.stages import Outcome, Stage, ValueDelta
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.generation import generate
+from kedit_lightning.models.memory import is_out_of_memory
 
 
 class StagedTraining(LightningModule, ABC):
-    """Trains value deltas stage by stage: one fit is one pass, its end is that of the last stage.
+    """Trains value deltas stage by stage: one fit is one pass over n edits, part by part.
+
+    A part is as many edits as memory takes at once; it goes through all stages before the next part begins, so what a
+    stage keeps between its steps does not grow with n.
 
     Args:
         base: The frozen base model.
         v_lr: Adam's learning rate.
     """
 
+    edits: Sequence[Edit]
+    """The n edits of the batch."""
+    budget: int
+    """Tokens of a part at most, padding included."""
+    parts: Parts
+    """The same in parts."""
+    part: EditBatch
+    """The part under way."""
     batch: EditBatch
+    """The m edits of it that are not done."""
     deltas: nn.ModuleList
     pass_: int
 
@@ -44,60 +59,140 @@ class StagedTraining(LightningModule, ABC):
         """One Adam over all δs of the pass; one without gradient gets no state and does not move."""
         return torch.optim.Adam(self.deltas.parameters(), lr=self.v_lr)
 
-    def on_train_start(self) -> None:
-        """Enter the first stage."""
-        self._stages = self.stages()
-        self._enter_next_stage()
+    # ------------------------------------------------------------------ parts and stages
 
-    def _enter_next_stage(self) -> None:
-        stage = next(self._stages, None)
-        if stage is None:
-            self.trainer.should_stop = True
-            return
-        self._stage = stage
-        n = len(self.batch)
-        self._running = torch.ones(n, dtype=torch.bool, device=stage.deltas[0].delta.device)
-        self.outcomes.append(Outcome(stage.name, self.pass_, stage.deltas, steps=torch.zeros(n, dtype=torch.long)))
+    def on_train_start(self) -> None:
+        """Before the first part."""
+        self._part, self._stage = -1, None
 
     def training_step(self, batch: list[Edit], batch_idx: int) -> None:
-        """One loss evaluation and, unless the stage ends with it, one update of the edits that go on."""
-        stage, outcome = self._stage, self.outcomes[-1]
-        terms = stage.loss()
-        outcome.curves.append({term: values.detach().cpu() for term, values in terms.items()})
-        outcome.steps[self._running.cpu()] += 1
-        loss = torch.stack(list(terms.values())).sum(dim=0)
-        self._check_finite(loss)
-        self._log_curves(stage.name, outcome.curves[-1])
-        self._running &= ~stage.stop(terms)
-        if not self._running.any() or len(outcome.curves) == stage.steps:
+        """One loss evaluation and, unless a stage ends with it, one update of the edits that go on."""
+        try:
+            if self._stage is None:
+                self._enter_next_part()
+            if self._stage is not None:
+                self._step(self._stage)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._stage = None
+            self.zero_grad()
+            self.parts.divide(self._part)
+            self.budget = self.parts.max_tokens
+            self._part -= 1
+
+    _stage: Stage | None
+
+    def _enter_next_part(self) -> None:
+        self._part += 1
+        self.take_up(self.parts[self._part])
+        self._stages, self._entered = self.stages(), 0
+        self._enter_next_stage()
+
+    def take_up(self, part: EditBatch) -> None:
+        """Turn to some of the edits: δ = 0, and v₀ read on the bare prompts from the model as it stands."""
+        self.part = self.batch = part.to(self.base.device)
+        rows = self.batch.bare_rows
+        origins = self.base.read(rows, {delta.site: rows.at[delta.token] for delta in self._deltas})
+        for delta in self._deltas:
+            delta.open(part.index, origins[delta.site])
+
+    def _enter_next_stage(self) -> None:
+        """All edits of the part take part, with a new Adam: over some edits it is the same as over all."""
+        self._turn_to(self.part)
+        self._optimizer.state.clear()
+        self._stage = next(self._stages, None)
+        if self._stage is None:
+            if self._part == len(self.parts) - 1:
+                for delta in self._deltas:
+                    delta.whole()
+                self.trainer.should_stop = True
+            return
+        mine = [outcome for outcome in self.outcomes if outcome.pass_ == self.pass_]
+        if self._entered == len(mine):
+            mine.append(Outcome.of(self._stage, self.pass_, len(self.edits)))
+            self.outcomes.append(mine[-1])
+        self._outcome, self._evaluation = mine[self._entered], 0
+        self._entered += 1
+        self._go_on(self._stage)
+
+    def _go_on(self, stage: Stage) -> None:
+        """Evaluate the loss of the edits of `batch` from now on."""
+        self._running = torch.ones(len(self.batch), dtype=torch.bool, device=self.base.device)
+        self._loss = stage.prepare()
+
+    def _turn_to(self, batch: EditBatch) -> None:
+        self.batch = batch
+        for delta in self._deltas:
+            delta.show(batch.index, self.base.device)
+
+    @property
+    def optimised(self) -> int:
+        """How many edits of this pass have been optimised so far."""
+        return sum(len(self.parts[i]) for i in range(self._part + (self._stage is None)))
+
+    def _step(self, stage: Stage) -> None:
+        loss, running = self._loss(), self._running
+        self._outcome.add(loss, self.batch.index, running.cpu(), self._evaluation)
+        self._evaluation += 1
+        total = loss.total
+        self._check_finite(total)
+        self._log_curves(stage.name)
+        running &= ~stage.stop(loss)
+        if not running.any() or self._evaluation == stage.steps:
             self._enter_next_stage()
             return
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
+        optimizer = self._optimizer
         optimizer.zero_grad()
-        self.manual_backward(loss[self._running].sum())
+        self.manual_backward(total[running].sum())
         before = [delta.delta.detach().clone() for delta in stage.deltas]
         optimizer.step()
         for delta, old in zip(stage.deltas, before, strict=True):
             delta.clamp_()
             with torch.no_grad():
-                delta.delta.copy_(torch.where(self._running[:, None], delta.delta, old))
+                delta.delta.copy_(torch.where(running[:, None], delta.delta, old))
+        if 2 * int(running.sum()) <= len(running):  # to prepare the loss anew costs about half an evaluation
+            self._leave_out_those_done(torch.nonzero(running)[:, 0])
+            self._go_on(stage)
+
+    def _leave_out_those_done(self, running: Tensor) -> None:
+        self._turn_to(self.batch.select(running))
+        for state in self._optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name][running]
+
+    @property
+    def _deltas(self) -> list[ValueDelta]:
+        return list(self.deltas)  # type: ignore[arg-type]
+
+    @property
+    def _optimizer(self) -> LightningOptimizer:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        return optimizer
 
     def _check_finite(self, loss: Tensor) -> None:
         broken = torch.nonzero(~loss.isfinite())
         if len(broken):
             case = self.batch.edits[int(broken[0])].case_id
-            msg = f"case {case}: the loss is {float(loss[broken[0]]):g} at step {len(self.outcomes[-1].curves)}; "
+            msg = f"case {case}: the loss is {float(loss.detach()[broken[0]]):g} at step {self._evaluation}; "
             raise KeditError(msg + "load the model in float32 or bfloat16, or lower v_lr")
 
-    def _log_curves(self, stage: str, terms: Terms) -> None:
-        means = {f"{stage}/{term}": float(values.mean()) for term, values in terms.items()}
-        means[f"{stage}/loss"] = sum(means.values())
-        if "nll" in terms:
-            means[f"{stage}/target_probability"] = float((-terms["nll"]).exp().mean())
+    def _log_curves(self, name: str) -> None:
+        """Means over the edits of the part, those that are done included."""
+        outcome, index = self._outcome, self.part.index
+        means = {
+            f"{name}/{term}": float(values[index].mean())
+            for term, values in outcome.curves[self._evaluation - 1].items()
+        }
+        means[f"{name}/loss"] = sum(means.values())
+        if (probability := float(outcome.probability[index].mean())) == probability:  # nan: there is no target
+            means[f"{name}/target_probability"] = probability
         for logger in self.loggers:  # not `self.log`, which would repeat a stage's last values in the next stage
             logger.log_metrics(means, step=self.evaluations)
         self.evaluations += 1
+
+    # ------------------------------------------------------------------ other loops
 
     def validation_step(self, batch: list[Edit], batch_idx: int) -> None:
         """Nothing to compute: the trainer scores the edits on the model as it stands."""

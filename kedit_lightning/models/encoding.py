@@ -59,6 +59,10 @@ class Batch:
         """Position of every token in its row, shape ``(b, t)``."""
         return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
 
+    def until(self, t: int) -> Batch:
+        """The rows cut after their first t tokens; positions beyond are still in ``at``."""
+        return Batch(self.input_ids[:, :t], self.attention_mask[:, :t], self.labels[:, :t], self.at)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -220,7 +220,7 @@ class LanguageModel(EditableWeights):
             For each site the vectors in float32, shape ``(b, d)``.
         """
         with self.tap(sites) as found:
-            self.run(batch, max(site.layer for site in sites))
+            self.run(_needed(batch, sites.values()), max(site.layer for site in sites))
         return {site: vectors.float() for site, vectors in found.items()}
 
     @torch.no_grad()
@@ -235,6 +235,7 @@ class LanguageModel(EditableWeights):
             For each site the keys in float32, shape ``(b, k)``, or ``(tokens, k)`` for every real token.
         """
         found: dict[Site, Tensor] = {}
+        batch = _needed(batch, sites.values())
 
         def keep(site: Site, at: Tensor | None, key: Tensor) -> None:
             key = _by_row(key, len(batch))
@@ -336,6 +337,13 @@ class LanguageModel(EditableWeights):
             pass
         finally:
             hook.remove()
+
+
+def _needed(batch: Batch, positions: Iterable[Tensor | None]) -> Batch:
+    """The rows up to the last position that is read (None: all are): what comes later changes nothing before it."""
+    read = list(positions)
+    ends = [int(at.max()) + 1 for at in read if at is not None]
+    return batch.until(max(ends)) if len(ends) == len(read) else batch
 
 
 def _hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -33,16 +33,29 @@ STEPS = 6
 SETTINGS: dict[str, dict[str, Any]] = {
     "ROME": {"v_num_grad_steps": STEPS},
     "TOP": {"rel_feat_layer": 1, "v_num_grad_steps1": STEPS, "v_num_grad_steps2": STEPS},
+    "PMET": {"v_num_grad_steps": STEPS, "mom2_update_weight": 1.0, "v_lr": 0.5},
+    "AlphaEdit": {"v_num_grad_steps": STEPS, "nullspace_threshold": 2.0},
+    "JEEP": {"v_num_grad_steps": STEPS, "mom2_update_weight_low": 1.0, "mom2_update_weight_high": 1.0},
 }
 """What an editor needs beyond its layers, and what makes it quick."""
+BATCH = {"v_num_grad_steps": STEPS, "mom2_update_weight": 1.0}
+"""The same where nothing is said."""
 
 TEMPLATES = ContextTemplates(templates=[["{}", "Yes. {}", "In the valley it rains. {}"]])
 
 
 def make(name: str, base: LanguageModel, layers: Sequence[int] = (1,), **settings: Any) -> Editor:
-    """An editor with small settings: three given templates, keys not whitened."""
-    small = {"mom2_adjustment": False, "context_templates": TEMPLATES, **SETTINGS.get(name, {})}
-    editor: Editor = getattr(editors, name)(base, list(layers), **{**small, **settings})
+    """An editor with small settings: three given templates, keys not whitened.
+
+    JEEP edits the layer above the given ones as its high layer; a clamp is given to both its regions.
+    """
+    small = {"mom2_adjustment": False, "context_templates": TEMPLATES, **SETTINGS.get(name, BATCH)}
+    where: dict[str, Any] = {"layers": list(layers)}
+    if name == "JEEP":
+        where = {"layers_low": list(layers), "layers_high": [layers[-1] + 1]}
+        if (clamp := settings.pop("clamp_norm_factor", None)) is not None:
+            settings |= {"clamp_norm_factor_low": clamp, "clamp_norm_factor_high": clamp}
+    editor: Editor = getattr(editors, name)(base, **{**small, **where, **settings})
     return editor
 
 
@@ -82,7 +95,7 @@ def end_at(editor: Editor, ends: dict[int, int]) -> None:
 
     def stop(_: object) -> Tensor:
         wanted = torch.tensor([ends[edit.case_id] for edit in editor.batch.edits])
-        return editor.outcomes[-1].steps >= wanted
+        return editor._outcome.steps[editor.batch.index] >= wanted
 
     def ending() -> Iterator[Stage]:
         for stage in stages():

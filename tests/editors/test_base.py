@@ -1,6 +1,6 @@
 """Stages as Lightning training, with an editor whose loss is known in closed form."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor
 from kedit_lightning.callbacks import WeightUpdate
 from kedit_lightning.callbacks.console import Console
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors import Editor, Outcome, Stage, ValueDelta
-from kedit_lightning.editors.stages import Terms, below
+from kedit_lightning.editors import Editor, Loss, Outcome, Stage, ValueDelta
+from kedit_lightning.editors.stages import Stop, below
 from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.errors import KeditError, ModelError
 from kedit_lightning.models import LanguageModel
@@ -36,15 +36,13 @@ class Toy(Editor):
             clamp_norm_factor=CLAMP,
             kl_factor=0.0,
             mom2_adjustment=False,
-            statistics=None,
             context_templates=TEMPLATES,
-            preset="paper",
         )
         self.steps = steps
         self.seen: dict[str, list[Tensor]] = {"a": [], "b": []}
         self.at_rest: list[Tensor] = []
         self.between: list[str] = []
-        self.stop: Callable[[Terms], Tensor] = below(-1)
+        self.stop: Stop = below(-1)
         self.updates: list[WeightDelta] = []
 
     def locate(self) -> None:
@@ -52,16 +50,19 @@ class Toy(Editor):
         self.b = self.value_delta(Site(self.layer + 1, "block"), Token.PROMPT_LAST)
 
     def stages(self) -> Iterator[Stage]:
-        yield Stage("a", (self.a,), lambda: self.loss("a", self.a), self.steps[0], self.stop)
+        yield Stage("a", (self.a,), lambda: lambda: self.loss("a", self.a), self.steps[0], self.stop)
         self.between.append("after a")
         self.at_rest.append(self.a.delta.detach().clone())
-        yield Stage("b", (self.b,), lambda: self.loss("b", self.b), self.steps[1], self.stop)
+        yield Stage("b", (self.b,), lambda: lambda: self.loss("b", self.b), self.steps[1], self.stop)
         self.between.append("after b")
 
-    def loss(self, name: str, delta: ValueDelta) -> Terms:
-        self.seen[name].append(delta.delta.detach().clone())
-        square = (delta.delta - targets(len(self.batch))).square()
-        return {"near": square[:, ::2].sum(dim=1), "far": square[:, 1::2].sum(dim=1)}
+    def loss(self, name: str, delta: ValueDelta) -> Loss:
+        index, whole = self.batch.index, self.seen[name][-1].clone() if self.seen[name] else None
+        whole = torch.zeros(len(self.edits), WIDTH) if whole is None or len(whole) != len(self.edits) else whole
+        whole[index] = delta.delta.detach()
+        self.seen[name].append(whole)
+        square = (delta.delta - targets(len(self.edits))[index]).square()
+        return Loss({"near": square[:, ::2].sum(dim=1), "far": square[:, 1::2].sum(dim=1)})
 
     def write(self) -> Iterator[WeightDelta]:
         yield from self.updates
@@ -117,7 +118,7 @@ def test_one_adam_over_all_edits_is_one_adam_an_edit(toy: Toy, tmp_path: Path) -
 
 def test_an_edit_that_stops_keeps_its_delta_while_others_go_on(toy: Toy, tmp_path: Path) -> None:
     ends = torch.tensor([2, 5, 3])
-    toy.stop = lambda _: toy.outcomes[-1].steps >= ends
+    toy.stop = lambda _: (toy._outcome.steps >= ends)[toy.batch.index]
     fit(toy, THREE, tmp_path, batch_size=3)
     assert toy.outcomes[0].steps.tolist() == [2, 5, 3]
     assert toy.outcomes[1].steps.tolist() == [2, 4, 3]
@@ -158,23 +159,24 @@ def test_a_delta_without_gradient_does_not_move(toy: Toy, tmp_path: Path) -> Non
 
 def test_below_counts_all_terms() -> None:
     terms = {"nll": torch.tensor([0.25, 0.5, 0.5]), "kl": torch.tensor([0.25, 0.5, 0.25])}
-    assert below(0.75)(terms).tolist() == [True, False, False]
+    assert below(0.75)(Loss(terms)).tolist() == [True, False, False]
 
 
 def test_the_last_entry_of_an_outcome_is_that_of_the_final_delta() -> None:
-    curves = [{"x": torch.tensor([3.0, 2.0])}, {"x": torch.tensor([1.0, 9.0])}]
-    outcome = Outcome("a", 0, curves=curves, steps=torch.tensor([2, 1]))
+    outcome, both = Outcome("a", 0, (), torch.zeros(2, dtype=torch.long), torch.full((2,), torch.nan)), torch.arange(2)
+    outcome.add(Loss({"x": torch.tensor([3.0, 2.0])}), both, torch.tensor([True, True]), 0)
+    outcome.add(Loss({"x": torch.tensor([1.0, 9.0])}), both, torch.tensor([True, False]), 1)
     assert [outcome.final(i) for i in (0, 1)] == [{"steps": 2, "x": 1.0}, {"steps": 1, "x": 2.0}]
 
 
 def test_a_loss_that_is_not_finite_is_named_by_case_and_step(toy: Toy, tmp_path: Path) -> None:
     before, loss = bits(toy.base), toy.loss
 
-    def breaking(name: str, delta: ValueDelta) -> Terms:
-        terms = loss(name, delta)
+    def breaking(name: str, delta: ValueDelta) -> Loss:
+        found = loss(name, delta)
         if len(toy.seen[name]) == 3:
-            terms["far"] = terms["far"] * torch.tensor([1, torch.nan, torch.inf])
-        return terms
+            found.terms["far"] = found.terms["far"] * torch.tensor([1, torch.nan, torch.inf])
+        return found
 
     toy.loss = breaking  # type: ignore[method-assign]
     with pytest.raises(KeditError, match=r"case 11: the loss is nan at step 3; load the model in float32"):
@@ -187,7 +189,8 @@ def test_a_loss_that_is_not_finite_is_named_by_case_and_step(toy: Toy, tmp_path:
 
 def test_clamp_scales_back_only_what_is_too_long() -> None:
     origin = torch.tensor([[3.0, 4.0], [3.0, 4.0], [3.0, 4.0], [0.0, 1.0]])
-    delta = ValueDelta(Site(1), Token.SUBJECT_LAST, origin, 2.0)
+    delta = ValueDelta(Site(1), Token.SUBJECT_LAST, (4, 2), 2.0, 0.0)
+    delta.open(torch.arange(4), origin)
     with torch.no_grad():
         delta.delta.copy_(torch.tensor([[0.0, 20.0], [6.0, 8.0], [0.0, 0.0], [-3.0, 0.0]]))
     delta.clamp_()
@@ -272,6 +275,8 @@ def test_each_edit_starts_afresh(toy: Toy, tmp_path: Path) -> None:
     ("layers", "error", "message"),
     [
         ([], KeditError, "at least one layer"),
+        ([2, 1], KeditError, r"layers: expected .* in ascending order, got \[2, 1\]"),
+        ([1, 1], KeditError, "each once"),
         ([1, 4], ModelError, "between 0 and 3, got 4"),
         ([-1], ModelError, "got -1"),
     ],

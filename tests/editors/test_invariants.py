@@ -30,7 +30,7 @@ BATCH = [EDITS[0], EDITS[1], EDITS[3], EDITS[6]]
 """Subjects first, inside and at the end of the prompt; targets of different lengths."""
 ENDS = {0: 2, 11: 4, 30: STEPS + 1, 6: 3}
 """Loss evaluations of each case; case 30 is ended by the number of steps."""
-CLAMP = 0.5
+CLAMP = 0.3
 
 
 def families_of(fast: tuple[str, ...]) -> list[Any]:
@@ -81,7 +81,7 @@ def test_the_edited_matrix_maps_each_key_to_its_value(run: Run) -> None:
     edited = run.base.weight(name).clone()
     run.base.restore()
     weight, bias = run.base.weight(name), run.base.linear(site).bias
-    keys, wanted = run.editor.bare_keys(site, Token.SUBJECT_LAST), run.editor.deltas[-1].value
+    keys, wanted = run.editor.keys({site: Token.SUBJECT_LAST})[site].bare, run.editor.deltas[-1].value
     rows = run.editor.batch.rows.select(run.editor.batch.bare)
     for i, delta in enumerate(run.deltas):
         assert delta.name == name
@@ -144,9 +144,12 @@ def test_only_the_named_matrices_change_and_the_model_stays_frozen(run: Run) -> 
 def test_several_layers(name: str, family: str, tmp_path: Path) -> None:
     base = tiny_base(family)
     before = bits(base)
-    editor = make(name, base, (2, 1))
+    editor = make(name, base, (1, 2))
     run = fit(editor, BATCH[:2], tmp_path, batch_size=2).run
-    assert [delta.name for delta in run.commits()[0][1]] == [base.name(Site(layer)) for layer in (1, 1, 2, 2)]
+    updates = 2 if name in RANK_ONE else 1
+    assert [delta.name for delta in run.commits()[0][1]] == [
+        base.name(s) for s in editor.sites() for _ in range(updates)
+    ]
     assert sorted({outcome.pass_ for outcome in editor.outcomes}) == list(range(len(editor.passes())))
     assert {line["layer"] for line in run.records()[0]["stages"]} == set(editor.passes())
     base.restore()
@@ -257,11 +260,12 @@ def test_half_precision_keeps_float32_masters(name: str, dtype: torch.dtype, fam
     pristine = pristine.T if isinstance(base.linear(site), Conv1D) else pristine
     total = pristine.float()
     for delta in run.commits()[0][1]:
-        total = total + delta.update
+        if delta.name == base.name(site):
+            total = total + delta.update
     assert torch.equal(master, total)
     assert torch.equal(weight, total.to(dtype))
     if name in RANK_ONE:
-        key, wanted = editor.bare_keys(site, Token.SUBJECT_LAST)[0], editor.deltas[-1].value[0]
+        key, wanted = editor.keys({site: Token.SUBJECT_LAST})[site].bare[0], editor.deltas[-1].value[0]
         assert relative(base.project(site, key), wanted) < 1e-5
         rounding = (master.double() - weight.double()) @ key.double()
         assert bool((rounding.abs() <= torch.finfo(dtype).eps * (master.abs() @ key.abs())).all())

@@ -13,6 +13,8 @@ from torch import Tensor
 QUANTITIES: Mapping[str, str] = {
     "before": r"logits_pre/.*",
     "k*": r"key/k_star_mean|.*/layer_ks",
+    "P": r"P",
+    "M": r"cache_c_after_b\d+",
     "u": r"(stage\d/)?left_vector",
     "v0": r"(stage\d/)?target_init.*",
     "value": r"(stage\d/)?(target|delta)(_(low|high|mlp|attn))?",
@@ -137,8 +139,8 @@ def labels(row: Tensor) -> list[tuple[int, int]]:
 
 
 def split(name: str) -> tuple[str, str]:
-    """``req0/steps/loss`` in ``req0`` and ``steps/loss``."""
-    match = re.fullmatch(r"(req\d+|b\d+)/(.*)", name)
+    """``req0/steps/loss`` in ``req0`` and ``steps/loss``; ``b1/req0/…`` in ``b1/req0`` and the rest."""
+    match = re.fullmatch(r"((?:b\d+/)?req\d+|b\d+)/(.*)", name)
     return (match[1], match[2]) if match else ("", name)
 
 

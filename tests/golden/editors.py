@@ -31,17 +31,42 @@ class Recorded:
         tolerance: Largest relative error allowed, as the recordings' README suggests.
         stages: Our stages by name, in their order.
         settings: Arguments of the editor that the recording's hyper-parameters do not hold.
+        means: Hyper-parameters of the recording that our editor or its settings stand for; ``...`` is any value.
     """
 
     editor: str
     tolerance: float
     stages: Mapping[str, Stage]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    means: Mapping[str, Any] = field(default_factory=dict)
 
 
 EDITORS: Mapping[str, Recorded] = {
     "ROME": Recorded("ROME", 5e-5, {"v": Stage()}),
     "TOP": Recorded("TOP", 5e-5, {"h_r": Stage("stage1/"), "v": Stage("stage2/", bare=True)}),
+    "MEMIT": Recorded("MEMIT", 5e-5, {"z": Stage()}),
+    "PMET": Recorded("PMET", 3e-4, {"v": Stage("", ("_mlp", "_attn"))}, means={"rewrite_module_tmps": ...}),
+    "PMET-both": Recorded(
+        "PMET", 3e-4, {"v": Stage("", ("_mlp", "_attn"))}, {"rewrite": "both"}, means={"rewrite_module_tmps": ...}
+    ),
+    "AlphaEdit": Recorded("AlphaEdit", 3e-4, {"z": Stage()}, means={"mom2_update_weight": ...}),
+    "JEEP": Recorded(
+        "JEEP",
+        3e-4,
+        {"v": Stage("", ("_low", "_high"))},
+        means={
+            "emb_module_tmp": ...,
+            "fact_token_high": "pred_last",
+            "fact_token_low": "subject_last",
+            "kl_factor_high": 0,
+            "layer_selection_high": "all",
+            "layer_selection_low": "all",
+            "mom2_adjustment_high": True,
+            "mom2_adjustment_low": True,
+            "rewrite_module_tmp_high": ...,
+            "rewrite_module_tmp_low": ...,
+        },
+    ),
 }
 """By EDITOR of the case's file name (``PMET-both``) or, where that has no line, by the editor written in the case."""
 
@@ -49,6 +74,8 @@ TERMS: Mapping[str, str] = {
     "nll": "nll_loss",
     "kl": "kl_loss",
     "weight_decay": "weight_decay",
+    "weight_decay_low": "weight_decay_low",
+    "weight_decay_high": "weight_decay_high",
     "distance": "vec_loss",
 }
 """Terms of our losses by the recordings' names."""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule, Trainer
+from jsonargparse import ArgumentParser
+from lightning import Trainer
 from torch import Tensor
 
 from kedit_lightning import editors
 from kedit_lightning.callbacks import EditCallback
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.prompts import ContextTemplates
-from kedit_lightning.editors import Editor, Stage
+from kedit_lightning.editors import AlphaEdit, Editor, Loss, Stage
 from kedit_lightning.edits import Edit, Site
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.statistics import Statistics
@@ -70,14 +71,12 @@ def run(case: Case, dtype: Literal["float32", "bfloat16"] = "float32") -> Run:
         "jsonl", edits=case.requests, batch_size=size, restore_every=None if case.meta["mode"] == "seq2" else size
     )
     data.setup("fit")
-    for edit in data.edits:
-        _keep_logits(result, base, edit, "logits_pre")
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         trainer = EditTrainer(
             save_dir=folder,
             evaluate=False,
             accelerator="cpu",
-            callbacks=[Recorder(case, recorded, result)],
+            callbacks=[Recorder(case, recorded, result, data.edits)],
             enable_progress_bar=False,
         )
         trainer.fit(editor, datamodule=data)
@@ -87,7 +86,7 @@ def run(case: Case, dtype: Literal["float32", "bfloat16"] = "float32") -> Run:
 def build(case: Case, recorded: Recorded, base: LanguageModel) -> tuple[Editor, dict[str, Any]]:
     """The editor with the case's hyper-parameters and the released preset, and the hyper-parameters left over."""
     kind: Any = getattr(editors, recorded.editor)
-    takes = inspect.signature(kind).parameters
+    takes = {name.removeprefix("x.") for name in ArgumentParser().add_class_arguments(kind, "x", skip={"base"})}
     hparams: dict[str, Any] = case.meta["hparams"]
     ours = {
         "statistics": Statistics(source=str(case.path(f"cov_{case.model}.safetensors"))),
@@ -95,10 +94,11 @@ def build(case: Case, recorded: Recorded, base: LanguageModel) -> tuple[Editor, 
         "preset": "released",
     }
     given = {key: value for key, value in (ours | hparams | dict(recorded.settings)).items() if key in takes}
+    known = WITHOUT_EFFECT | recorded.means
     unused = {
         key: value
         for key, value in hparams.items()
-        if key not in takes and not (key in WITHOUT_EFFECT and WITHOUT_EFFECT[key] in (..., value))
+        if key not in takes and not (key in known and known[key] in (..., value))
     }
     return kind(base, **given), unused
 
@@ -106,52 +106,59 @@ def build(case: Case, recorded: Recorded, base: LanguageModel) -> tuple[Editor, 
 class Recorder(EditCallback):
     """Keeps what the recordings hold, under their names."""
 
-    def __init__(self, case: Case, recorded: Recorded, result: Run) -> None:
-        self.case, self.recorded, self.result, self.number = case, recorded, result, 0
-        self.steps: dict[str, list[list[Tensor]]] = defaultdict(list)
+    def __init__(self, case: Case, recorded: Recorded, result: Run, edits: Sequence[Edit]) -> None:
+        self.case, self.recorded, self.result, self.edits, self.number = case, recorded, result, edits, 0
+        self.steps: dict[str, list[dict[int, list[Tensor]]]] = defaultdict(list)
         self.at: dict[Site, Tensor] = {}
         self.positions: dict[str, list[Tensor]] = {}
         self.stages: dict[str, Stage] = {}
         self.keys: dict[Site, Tensor] = {}
 
     def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
-        """Listen to where the base model is told to add δs, and to the mean keys the editor takes."""
+        """Listen to where and at which losses δs are added, and to the keys that the editor takes."""
         self.before = _parameters(editor.base)
-        add, mean_keys = editor.base.add, editor.mean_keys
+        self._before(editor)
+        forward_from, keys, stages = editor.forward_from, editor.keys, editor.stages
 
-        def listening_add(site: Site, at: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.at[site] = at
-            return add(site, at, *args, **kwargs)
+        def listening_forward(rows: Any, at: Any, *args: Any, **kwargs: Any) -> Any:
+            self.at |= at
+            return forward_from(rows, at, *args, **kwargs)
 
-        def listening_mean_keys(site: Site, *args: Any, **kwargs: Any) -> Tensor:
-            keys = mean_keys(site, *args, **kwargs)
-            self.keys.setdefault(site, keys)
-            return keys
+        def listening_keys(tokens: Any) -> Any:
+            found = keys(tokens)
+            for site, of_site in found.items():
+                self.keys.setdefault(site, of_site.mean)
+            return found
 
-        editor.base.add = listening_add  # type: ignore[method-assign]
-        editor.mean_keys = listening_mean_keys  # type: ignore[method-assign]
+        def listening_stages() -> Iterator[Stage]:
+            for stage in stages():
+                self.stages[stage.name] = stage
+                yield replace(stage, prepare=partial(self.listening_loss, editor, stage))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The δs at which the next loss evaluation takes place."""
-        assert isinstance(pl_module, Editor)
-        self.stage = pl_module._stage
-        self.stages[self.stage.name] = self.stage
-        self.steps[self.stage.name].append([delta.delta.detach().clone() for delta in self.stage.deltas])
+        editor.forward_from = listening_forward  # type: ignore[method-assign]
+        editor.keys = listening_keys  # type: ignore[method-assign]
+        editor.stages = listening_stages  # type: ignore[method-assign]
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Where they were added."""
-        self.positions[self.stage.name] = [self.at[delta.site] for delta in self.stage.deltas]
+    def listening_loss(self, editor: Editor, stage: Stage) -> Callable[[], Loss]:
+        """Keep the δs at which the loss is evaluated, of the edits that are not left out as done."""
+        evaluate, index = stage.prepare(), editor.batch.index.tolist()
+        self.positions.setdefault(stage.name, [self.at[delta.site] for delta in stage.deltas])
+
+        def loss() -> Loss:
+            lines = [delta.delta.detach().clone() for delta in stage.deltas]
+            self.steps[stage.name].append({i: [delta[j] for delta in lines] for j, i in enumerate(index)})
+            return evaluate()
+
+        return loss
 
     def on_edits_committed(self, trainer: Trainer, editor: Editor, records: Sequence[Any]) -> None:
         """An edit batch is in the weights: everything on it is known."""
         case_ids = self.case.batches[self.number]
-        for i, edit in enumerate(editor.batch.edits):
+        for i, edit in enumerate(editor.edits):
             assert edit.case_id == case_ids[i]
-            self._keep_edit(editor, i, f"req{edit.case_id}/")
-            _keep_logits(self.result, editor.base, edit, "logits_post")
-        where = {"single": f"req{case_ids[0]}/", "batch": "", "seq2": f"b{self.number + 1}/"}[self.case.meta["mode"]]
+            self._keep_edit(editor, i, f"{self._batch}req{edit.case_id}/")
+            _keep_logits(self.result, editor.base, edit, f"{self._batch}req{edit.case_id}/logits_post")
+        where = f"req{case_ids[0]}/" if self.case.meta["mode"] == "single" else self._batch
         after = _parameters(editor.base)
         for name, parameter in after.items():
             if not torch.equal(parameter, self.before[name]):
@@ -164,11 +171,34 @@ class Recorder(EditCallback):
             self.result.numbers[f"{where}solve/layer{site.layer}/layer_ks"] = keys.T
         for kept in (self.steps, self.at, self.positions, self.keys):
             kept.clear()
+        if isinstance(editor, AlphaEdit):
+            self._keep_projection(editor)
         self.number += 1
+        if self._batch and self.number < len(self.case.batches):
+            self._before(editor)
+
+    @property
+    def _batch(self) -> str:
+        """Begins the names of what belongs to one batch of a sequence."""
+        return f"b{self.number + 1}/" if self.case.meta["mode"] == "seq2" else ""
+
+    def _before(self, editor: Editor) -> None:
+        """Logits before the next edits: before a batch of a sequence, else before all."""
+        chosen = self.case.batches[self.number] if self._batch else self.case.meta["case_ids"]
+        for edit in self.edits:
+            if edit.case_id in chosen:
+                _keep_logits(self.result, editor.base, edit, f"{self._batch}req{edit.case_id}/logits_pre")
+
+    def _keep_projection(self, editor: AlphaEdit) -> None:
+        """P of every layer, and M as it is after this batch."""
+        bases = [editor.moments[site].null_space(editor.nullspace_threshold) for site in editor.sites()]
+        self.result.numbers["P"] = torch.stack([basis @ basis.T for basis in bases])
+        remembered = [editor.remembered[editor.base.name(site)] for site in editor.sites()]
+        self.result.numbers[f"cache_c_after_b{self.number + 1}"] = torch.stack(remembered)
 
     def _keep_edit(self, editor: Editor, i: int, where: str) -> None:
         """Curves, values and tokens of one edit of the batch."""
-        numbers, exact, batch = self.result.numbers, self.result.exact, editor.batch
+        numbers, exact, batch = self.result.numbers, self.result.exact, editor.part
         of_edit = batch.edit == i
         rewriting = batch.rows.labels[of_edit & ~batch.essence]
         tokens = [
@@ -191,10 +221,10 @@ class Recorder(EditCallback):
             exact[f"{prefix}target_ids"] = [token for _, token in labels(rewriting[0])]
             steps, positions = self.steps[outcome.stage], self.positions[outcome.stage]
             for j, suffix in enumerate(stage.suffixes):
-                numbers[f"{prefix}steps/delta{suffix}"] = torch.stack([step[j][i] for step in steps[:n]])
+                numbers[f"{prefix}steps/delta{suffix}"] = torch.stack([step[i][j] for step in steps[:n]])
                 at = positions[j]
                 mine = at[of_edit] if len(at) == len(of_edit) else at[i : i + 1]
-                exact[f"{prefix}lookup_idxs{suffix}"] = mine.tolist()
+                exact[f"{prefix}lookup_idxs{suffix}"] = exact[f"{prefix}lookup_idxs"] = mine.tolist()
             for suffix, delta in zip(stage.suffixes, self.stages[outcome.stage].deltas, strict=True):
                 numbers[f"{prefix}target_init{suffix}"] = delta.origin[i]
                 numbers[f"{prefix}delta{suffix}"] = delta.delta[i].detach()
@@ -219,11 +249,11 @@ def _parameters(base: LanguageModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _keep_logits(result: Run, base: LanguageModel, edit: Edit, when: str) -> None:
+def _keep_logits(result: Run, base: LanguageModel, edit: Edit, where: str) -> None:
     """Last-token logits by plain Hugging Face calls, prompt by prompt."""
     for name, prompts in PROMPTS.items():
         rows = [
             base.model(**base.tokenizer(prompt, return_tensors="pt")).logits[0, -1].float() for prompt in prompts(edit)
         ]
         if rows:
-            result.numbers[f"req{edit.case_id}/{when}/{name}"] = torch.stack(rows)
+            result.numbers[f"{where}/{name}"] = torch.stack(rows)
