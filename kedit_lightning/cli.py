@@ -79,5 +79,8 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def _interrupted(command: str) -> NoReturn:
-    kept = "; edits that were committed are in the run directory" if command == "fit" else ""
-    fail(f"interrupted{kept}", 130)
+    kept = {
+        "fit": "; edits that were committed are in the run directory",
+        "scale": "; what was measured is in the run directory, and the same command goes on from there",
+    }
+    fail(f"interrupted{kept.get(command, '')}", 130)

@@ -12,7 +12,7 @@ import torch
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
-from kedit_lightning.metrics import EditMetrics, Evaluator
+from kedit_lightning.metrics import EditMetrics, Evaluator, paper_names
 from kedit_lightning.run import Record
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Measurement:
 
     def __init__(self, trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -> None:
         self.trainer, self.editor, self.datamodule = trainer, editor, datamodule
-        self.started = time.time()
+        self.started, self.name = time.time(), ""
         self.run = trainer.run
         editor.base.to(trainer.strategy.root_device)
         self.evaluator = Evaluator(editor.base, trainer.evaluation, datamodule.reference_texts())
@@ -59,6 +59,29 @@ class Measurement:
         self.trainer.tell("on_evaluation_end")
         return records
 
+    def open(self, stage: str) -> None:
+        """Begin to be given edits in batches, by `add`; what specificity refers to is taken from the model as it is."""
+        self.evaluator.references(self.datamodule.edits)
+        self._metrics, self._scored = self.evaluator.new(), 0
+        self.trainer.tell("on_evaluation_start", stage, len(self.datamodule.edits))
+
+    def add(self, batch: Sequence[Edit]) -> None:
+        """Score one batch on the model as it is."""
+        self.evaluator.update(self._metrics, batch)
+        self._scored += len(batch)
+        self.trainer.tell("on_evaluation_progress", self._scored)
+
+    def close(self, when: str, protocol: str) -> Record:
+        """Report what was scored.
+
+        Args:
+            when: ``pre`` or ``post``.
+            protocol: What had happened to the weights, in words.
+        """
+        self.trainer.tell("on_evaluation_end")
+        self.name = protocol
+        return self.finish(self._scored, **{when: self._metrics})
+
     def finish(self, edits: int, **metrics: EditMetrics) -> Record:
         """Write metrics.json, show and log it.
 
@@ -70,7 +93,10 @@ class Measurement:
             The report.
         """
         summaries = {when: found.compute() for when, found in metrics.items()}
-        report: Record = {"editor": type(self.editor).__name__, "edits": edits, "protocol": self.protocol}
+        names: Record = {"name": self.name or self.datamodule.protocol_name}
+        if summaries:
+            names["scores"] = paper_names({name for found in summaries.values() for name in found})
+        report: Record = {"editor": type(self.editor).__name__, "edits": edits, "protocol": names | self.protocol}
         for when, found in summaries.items():
             report[when] = {name: summary.as_dict() for name, summary in found.items()}
             means = {f"{when}/{name}": s.mean for name, s in found.items() if not math.isnan(s.mean)}

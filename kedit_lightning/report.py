@@ -40,8 +40,11 @@ LABELS = {
 
 TEXTS = ("fluency", "consistency")
 
-STREAM = ("batch_size", "restore_every", "torch")
+STREAM = ("name", "batch_size", "restore_every", "torch")
 """What the protocol says about the edits; a base model's numbers do not depend on it."""
+
+NAMES = ("name", "scores")
+"""What the protocol says in words; the other entries say it in full."""
 
 LABEL_WIDTH, COLUMN_WIDTH = 26, 16
 """Columns of the terminal that the names of the metrics take at least, and a number with its interval."""
@@ -78,6 +81,8 @@ def table(reports: Sequence[tuple[str, Report]], width: int = 100) -> Table:
     intervals = width >= MIN_WIDTH
     found = Table(title=title(reports), title_justify="left", caption_justify="left", box=box.HORIZONTALS)
     found.caption = "× 100" + (", ± 95 % interval" if intervals else "")
+    if any("scores" in report["protocol"] for _, report in reports):
+        found.caption += "\nJEEP: ES efficacy, GS generalization, LS S-specificity, Score of three"
     found.add_column("", overflow="fold", min_width=14)
     for name, _ in columns:
         found.add_column(name, justify="right", no_wrap=intervals)
@@ -110,10 +115,12 @@ def side_by_side(reports: Sequence[tuple[str, Report]], width: int) -> Iterator[
 
 
 def title(reports: Sequence[tuple[str, Report]]) -> str:
-    """Name and number of edits of each run."""
+    """Name and number of edits of each run, and the protocol where they share it."""
+    how = {report["protocol"].get("name", "") for _, report in reports}
+    shared = f": {how.pop()}" if len(how) == 1 and "" not in how else ""
     if len(reports) > 1 and len({report["edits"] for _, report in reports}) == 1:
-        return f"{reports[0][1]['edits']:,} edits"
-    return "; ".join(f"{name}, {count(report['edits'])}" for name, report in reports)
+        return f"{reports[0][1]['edits']:,} edits{shared}"
+    return "; ".join(f"{name}, {count(report['edits'])}" for name, report in reports) + shared
 
 
 def count(n: int) -> str:
@@ -149,7 +156,7 @@ def same_raw(reports: Sequence[tuple[str, Report]]) -> bool:
 def differences(reports: Sequence[tuple[str, Report]]) -> str:
     """One sentence on where the protocols differ; empty where they do not."""
     protocols = [report["protocol"] for _, report in reports]
-    every = {key: None for protocol in protocols for key in protocol}
+    every = {key: None for protocol in protocols for key in protocol if key not in NAMES}
     if keys := [key for key in every if any(p.get(key) != protocols[0].get(key) for p in protocols)]:
         parts = (f"{k} ({', '.join(_value(p.get(k)) for p in protocols)})" for k in keys)
         return f"The protocols differ, so the numbers do not compare as they stand: {'; '.join(parts)}."

@@ -19,7 +19,7 @@ from kedit_lightning.callbacks.console import Console
 from kedit_lightning.callbacks.figures import Figures
 from kedit_lightning.callbacks.scoring import Scoring
 from kedit_lightning.callbacks.weight_update import WeightUpdate
-from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.data.datamodule import EditDataModule, given
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
@@ -30,6 +30,7 @@ from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluation
 from kedit_lightning.models.statistics import compute
 from kedit_lightning.run import Record, RunDirectory, read_deltas
+from kedit_lightning.scaling import SEEDS, Scaling
 from kedit_lightning.stream import EditStream
 
 
@@ -100,8 +101,6 @@ class EditTrainer(Trainer):
             if isinstance(callback, EditCallback):
                 getattr(callback, hook)(self, *args)
 
-    # ------------------------------------------------------------------ fit
-
     def fit(  # type: ignore[override]
         self,
         model: Editor,
@@ -119,16 +118,14 @@ class EditTrainer(Trainer):
             datamodule: The stream.
             ckpt_path: Not used; a run is resumed from its directory.
         """
-        datamodule = _given(datamodule)
-        datamodule.setup("fit")
+        datamodule = given(datamodule, "fit")
         one_pass = partial(super().fit, model, datamodule=datamodule)
         model.base.restore()
         stream = EditStream(self, model, datamodule)
         with closing(self.edit_logger), interrupts_passed_on():
             stream.open()
             for index, group in enumerate(datamodule.groups()):
-                model.base.restore()
-                self.run.start_group()
+                stream.restore()
                 records: list[Record] = []
                 for batch in group:
                     records += stream.edit(batch, index, one_pass)
@@ -152,7 +149,7 @@ class EditTrainer(Trainer):
         """
         self._open(model, datamodule, "validate")
         super().validate(model, datamodule=datamodule, verbose=False)
-        return self._close("pre")
+        return self._measurement.close("pre", "unedited")
 
     def test(  # type: ignore[override]
         self,
@@ -177,7 +174,7 @@ class EditTrainer(Trainer):
         for update in updates:
             model.base.write(update.name, update.update)
         super().test(model, datamodule=datamodule, verbose=False)
-        return self._close("post")
+        return self._measurement.close("post", f"as edited by {delta}")
 
     def predict(  # type: ignore[override]
         self,
@@ -206,9 +203,7 @@ class EditTrainer(Trainer):
             raise KeditError(msg)
         updates = self._read(model, delta)
         if prompts is None:
-            datamodule = _given(datamodule)
-            datamodule.setup("predict")
-            prompts = [edit.text for edit in datamodule.edits]
+            prompts = [edit.text for edit in given(datamodule, "predict").edits]
         model.base.restore()
         model.base.to(self.strategy.root_device)
         model.max_new_tokens = max_new_tokens
@@ -236,25 +231,38 @@ class EditTrainer(Trainer):
         model.base.to(self.strategy.root_device)
         self.tell("on_statistics", compute(model.base, model.statistics, model.sites()))
 
+    def scale(
+        self,
+        model: Editor,
+        datamodule: EditDataModule | None = None,
+        counts: list[int] | None = None,
+        seeds: list[int] = SEEDS,
+    ) -> list[Record]:
+        """Edit more and more facts at once, each time on the unedited model, and measure how the scores change.
+
+        Args:
+            model: The editor.
+            datamodule: The edits.
+            counts: How many, ascending; by default JEEP's 1, 2, 3, 6, …, 10,000 as far as there are edits.
+            seeds: Of the choice of edits, a run each.
+
+        Returns:
+            A record a number of edits, as in scaling.csv.
+        """
+        scaling = Scaling(self, model, given(datamodule, "fit"), counts, seeds)
+        with interrupts_passed_on():
+            return scaling.run(partial(super().fit, model, datamodule=datamodule))
+
     def _open(self, editor: Editor, datamodule: EditDataModule | None, stage: str) -> None:
-        """Take the references that specificity is measured against, on the unedited model."""
-        datamodule = _given(datamodule)
-        datamodule.setup(stage)
+        """Begin to measure, on the unedited model."""
+        datamodule = given(datamodule, stage)
         editor.base.restore()
         self._measurement = Measurement(self, editor, datamodule)
-        self._measurement.evaluator.references(datamodule.edits)
-        self._metrics, self._scored = self._measurement.evaluator.new(), 0
-        self.tell("on_evaluation_start", stage, len(datamodule.edits))
+        self._measurement.open(stage)
 
     def score(self, batch: Sequence[Edit]) -> None:
         """Score one batch of `validate` or `test` on the model as it stands."""
-        self._measurement.evaluator.update(self._metrics, batch)
-        self._scored += len(batch)
-        self.tell("on_evaluation_progress", self._scored)
-
-    def _close(self, when: str) -> Record:
-        self.tell("on_evaluation_end")
-        return self._measurement.finish(self._scored, **{when: self._metrics})
+        self._measurement.add(batch)
 
     def _read(self, editor: Editor, path: str | None) -> list[WeightDelta]:
         """Updates of an edited model, checked against the base model."""
@@ -264,11 +272,3 @@ class EditTrainer(Trainer):
         updates, metadata = read_deltas(Path(path))
         delta_files.check(editor.base, updates, metadata, Path(path))
         return updates
-
-
-def _given(datamodule: EditDataModule | None) -> EditDataModule:
-    """The data module, which Lightning's signature leaves open."""
-    if datamodule is None:
-        msg = "expected datamodule=EditDataModule(…), got none"
-        raise KeditError(msg)
-    return datamodule

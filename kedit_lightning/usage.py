@@ -11,6 +11,7 @@ TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
         "validate": "measure the unedited model",
         "test": "measure an edited model (--delta)",
         "predict": "continue prompts before and after the edits (--delta)",
+        "scale": "edit more and more facts at once, and draw how the scores change",
         "statistics": "collect the key statistics that a configuration needs",
     }
 )

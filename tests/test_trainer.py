@@ -181,7 +181,9 @@ def test_validate_measures_the_unedited_model_and_test_an_edited_one(
     assert {name: one.get("mean") for name, one in pre["pre"].items()} == pytest.approx(
         {name: one.get("mean") for name, one in made.report["pre"].items()}, nan_ok=True, abs=1e-6
     )
+    assert pre["protocol"]["name"] == "unedited"
     post = measuring(tmp_path).test(editor, datamodule=data(THREE[2:]), delta=str(made.run.path))
+    assert post["protocol"]["name"] == f"as edited by {made.run.path}"
     assert same(base, after), "the run ends with the third edit"
     wanted = made.run.records()[2]["after"]
     got = {name: one["mean"] for name, one in post["post"].items() if name in wanted and one["n"]}
@@ -228,6 +230,13 @@ def test_the_protocol_names_the_edits(edited: tuple[EditTrainer, LanguageModel])
     protocol = edited[0].report["protocol"]
     assert protocol["dataset"] == "edits"
     assert (protocol["batch_size"], protocol["restore_every"], protocol["start"]) == (1, 2, 0)
+    assert protocol["name"] == "one by one, restored every 2"
+    assert protocol["scores"] == {
+        "ES": "efficacy",
+        "GS": "generalization",
+        "LS": "s_specificity",
+        "Score": "score3",
+    }
     own = EditDataModule(dataset="zsre", path="x.json", options={"target": "alt"}, stop=3).protocol
     assert (own["dataset"], own["path"], own["options"], own["stop"]) == ("zsre", "x.json", {"target": "alt"}, 3)
 

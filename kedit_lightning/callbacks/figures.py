@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BEFORE, AFTER, INK = "#b6bcc6", "#2f6db5", "#2b2f36"
 TERMS = {"loss": INK, "nll": "#2f6db5", "distance": "#2f6db5", "kl": "#d9822b", "weight_decay": "#4b9f6a"}
 OTHERS = ("#8d5bb5", "#c0504d", "#7a8699")
+SCORES = ("#2f6db5", "#4b9f6a", "#d9822b", INK, "#8d5bb5")
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -91,17 +92,19 @@ class Figures(EditCallback):
 
         with rc_context(STYLE):
             if "pre" in report and "post" in report:
-                self._keep(trainer, "before_after", before_after(report), report)
+                keep(trainer, "before_after", before_after(report), report["edits"])
             if self.curves:
-                self._keep(trainer, "loss_curves", loss_curves(self.curves), report)
+                keep(trainer, "loss_curves", loss_curves(self.curves), report["edits"])
         self.curves = {}
 
-    def _keep(self, trainer: Trainer, name: str, figure: Figure, report: Record) -> None:
-        path = trainer.run.path / f"{name}.png"  # type: ignore[attr-defined] # EditTrainer, which imports this module
-        write_beside(path, lambda path: figure.savefig(path, dpi=150, format="png"))
-        experiment = getattr(trainer.logger, "experiment", None)
-        if experiment is not None and hasattr(experiment, "add_figure"):
-            experiment.add_figure(name, figure, report["edits"], close=False)
+
+def keep(trainer: Trainer, name: str, figure: Figure, step: int) -> None:
+    """Write a figure into the run directory as PNG, and to TensorBoard."""
+    path = trainer.run.path / f"{name}.png"  # type: ignore[attr-defined] # EditTrainer, which imports this module
+    write_beside(path, lambda path: figure.savefig(path, dpi=150, format="png"))
+    experiment = getattr(trainer.logger, "experiment", None)
+    if experiment is not None and hasattr(experiment, "add_figure"):
+        experiment.add_figure(name, figure, step, close=False)
 
 
 def before_after(report: Record) -> Figure:
@@ -187,6 +190,46 @@ def _lines(axis: Axes, terms: dict[str, Tensor]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(axis="y", zorder=0)
     axis.legend(fontsize=8.5)
+
+
+def draw_scaling(trainer: Trainer, title: str, rows: Sequence[Record], unedited: Mapping[str, float | None]) -> None:
+    """Keep the scores over the number of edits made at once, with their 95 % intervals as bands.
+
+    Args:
+        trainer: Whose run directory and TensorBoard take it as ``scaling``.
+        title: What was edited how.
+        rows: A record a number of edits: ``edits`` and, by score, ``NAME`` and ``NAME_ci95``; nan where there is none.
+        unedited: The scores of the unedited model, which are dotted.
+    """
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        keep(trainer, "scaling", scaling(title, rows, unedited), sum(row["runs"] for row in rows))
+
+
+def scaling(title: str, rows: Sequence[Record], unedited: Mapping[str, float | None]) -> Figure:
+    """The figure of `draw_scaling`."""
+    figure = _figure(8.2, 4.6)
+    axis = figure.subplots()
+    edits = [row["edits"] for row in rows]
+    for name, colour in zip(unedited, SCORES, strict=True):
+        mean, half = (100 * torch.tensor([row[f"{name}{column}"] for row in rows]) for column in ("", "_ci95"))
+        if mean.isnan().all():
+            continue
+        axis.plot(edits, mean, color=colour, lw=2, marker="o", ms=3.5, label=name, zorder=3)
+        axis.fill_between(edits, (mean - half).clamp(0), (mean + half).clamp(max=100), color=colour, alpha=0.15, lw=0)
+        if (before := unedited[name]) is not None:
+            axis.axhline(100 * before, color=colour, lw=1, ls=":", zorder=2)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter("")
+    axis.set_xlabel("edits in one batch (dotted: unedited model)")
+    axis.set_ylim(-2, 102)
+    axis.yaxis.set_major_formatter("{x:g} %")
+    axis.grid(axis="y", zorder=0)
+    figure.legend(loc="outside right center")
+    _title(figure, title)
+    return figure
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from kedit_lightning.data import datasets
+from kedit_lightning.data.protocols import OnConflict, protocol_name, without_conflicts
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import DataError
 
@@ -33,6 +34,9 @@ class EditDataModule(LightningDataModule):
         batch_size: Edits solved together.
         restore_every: After how many edits the weights go back to the unedited model; null: never.
         on_bad_record: ``raise``, or ``skip`` malformed records (they are counted and named).
+        on_conflict: What becomes of edits that want different answers to one question (subject and relation) in one
+            batch: ``raise``, or ``keep_last``, which leaves the earlier ones out (they are counted and named). One by
+            one (``batch_size: 1``) the later edit wins by itself.
         options: What the data set's loader takes beyond these, such as ``target: alt`` for zsRE or
             ``facts_per_subject: 8`` for the almanac; see ``data/datasets.py``.
         snippets: Reference texts for consistency (``attribute_snippets.json``); the almanac brings its own.
@@ -52,6 +56,7 @@ class EditDataModule(LightningDataModule):
         batch_size: int = 1,
         restore_every: int | None = None,
         on_bad_record: Literal["raise", "skip"] = "raise",
+        on_conflict: OnConflict = "raise",
         options: dict[str, Any] | None = None,
         snippets: str | None = None,
     ) -> None:
@@ -72,6 +77,7 @@ class EditDataModule(LightningDataModule):
         self.start, self.stop = start, stop
         self.batch_size, self.restore_every = batch_size, restore_every
         self.on_bad_record: Literal["raise", "skip"] = on_bad_record
+        self.on_conflict: OnConflict = on_conflict
         self.options, self.snippets = options or {}, snippets
         self.edits: list[Edit] = []
         self.current: list[Edit] = []
@@ -80,7 +86,8 @@ class EditDataModule(LightningDataModule):
         """Load the edits, once however often it is called.
 
         Raises:
-            DataError: A record is malformed (and not skipped), or nothing is left to edit.
+            DataError: A record is malformed (and not skipped), edits of one batch contradict each other (and are to
+                be kept), or nothing is left to edit.
         """
         if self.edits:
             return
@@ -90,15 +97,21 @@ class EditDataModule(LightningDataModule):
             loaded = datasets.load(
                 self.dataset, self.path, size=self.size, on_bad_record=self.on_bad_record, **self.options
             )
-        self.edits = loaded[self.start : self.stop]
-        if not self.edits:
+        asked = loaded[self.start : self.stop]
+        if not asked:
             msg = f"nothing to edit: {len(loaded)} records, of which {self.start}:{self.stop} were asked for"
             raise DataError(msg)
+        self.edits = without_conflicts(asked, self.batch_size, self.on_conflict)
 
     def reference_texts(self) -> datasets.ReferenceTexts | None:
         """Texts that an edited model's texts should resemble, by relation and target; None where there are none."""
         own_world = self.given is None and self.dataset == "almanac"
         return datasets.reference_texts("almanac" if own_world else self.snippets)
+
+    @property
+    def protocol_name(self) -> str:
+        """How the edits are made, in words."""
+        return protocol_name(len(self.edits), self.batch_size, self.restore_every)
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -111,6 +124,7 @@ class EditDataModule(LightningDataModule):
             "size": self.size,
             "start": self.start,
             "stop": self.stop,
+            "on_conflict": self.on_conflict,
             "batch_size": self.batch_size,
             "restore_every": self.restore_every,
         }
@@ -138,6 +152,19 @@ class EditDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: list[Edit], device: torch.device, dataloader_idx: int) -> list[Edit]:
         """Edits are text and stay where they are."""
         return batch
+
+
+def given(datamodule: EditDataModule | None, stage: str) -> EditDataModule:
+    """The data module, which Lightning's signatures leave open, with its edits loaded.
+
+    Raises:
+        DataError: There is none, or its edits cannot be used.
+    """
+    if datamodule is None:
+        msg = "expected datamodule=EditDataModule(…), got none"
+        raise DataError(msg)
+    datamodule.setup(stage)
+    return datamodule
 
 
 def _batched(items: Iterable[Edit], n: int) -> Iterator[tuple[Edit, ...]]:

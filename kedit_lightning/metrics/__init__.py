@@ -1,7 +1,7 @@
 """Metrics: one scorer, many metrics, and the evaluator that applies them to edits."""
 
 from kedit_lightning.data.datasets import ReferenceTexts
-from kedit_lightning.metrics.collection import REPORTED, EditMetrics
+from kedit_lightning.metrics.collection import REPORTED, EditMetrics, paper_names
 from kedit_lightning.metrics.evaluator import Evaluation, Evaluator
 from kedit_lightning.metrics.functional import PromptScores, Summary
 from kedit_lightning.metrics.generation import GeneratedAccuracy, NGramEntropy, TfidfConsistency
@@ -13,6 +13,7 @@ from kedit_lightning.metrics.rewrite import (
     TargetAccuracy,
     Unchanged,
 )
+from kedit_lightning.metrics.runs import curve, interval_over_runs
 from kedit_lightning.metrics.scorer import Scorer
 
 __all__ = [
@@ -33,4 +34,7 @@ __all__ = [
     "TargetAccuracy",
     "TfidfConsistency",
     "Unchanged",
+    "curve",
+    "interval_over_runs",
+    "paper_names",
 ]

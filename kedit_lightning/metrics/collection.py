@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container
 from typing import cast
 
 from torchmetrics import MetricCollection
@@ -94,6 +95,23 @@ REPORTED = (
     *("efficacy_generated", "fluency", "consistency"),
 )
 """Every name an evaluation may report, in the order of its report."""
+
+
+def paper_names(reported: Container[str]) -> dict[str, str]:
+    """JEEP's ES, GS, LS and Score under the names that they are reported by.
+
+    They are pairwise success where edits have a present answer to compare with (CounterFact, MCF, the almanac), else
+    per-token accuracy (zsRE; its questions on other subjects are Natural Questions with their gold answers).
+
+    Args:
+        reported: The names reported.
+
+    >>> paper_names({"efficacy_accuracy"})["GS"], paper_names({"efficacy", "efficacy_accuracy"})["Score"]
+    ('generalization_accuracy', 'score3')
+    """
+    suffix = "" if "efficacy" in reported else "_accuracy"
+    names = zip(("ES", "GS", "LS", "Score"), (*REWRITE, "score3"), strict=True)
+    return {name: f"{metric}{suffix}" for name, metric in names}
 
 
 def _name(key: str, column: str) -> str:

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
 TOP_K = 5
-CHUNK = 32
-"""Edits evaluated together: enough prompts to fill batches, few enough to show progress."""
+CHUNK = 2048
+"""Edits scored together: prompts of like length share a batch, and one that comes twice is read once."""
+
+WRITING = 32
+"""Edits evaluated together where texts are written as well: few enough to show progress."""
 
 
 @dataclass
@@ -156,8 +159,9 @@ class Evaluator:
         """
         relations = edited_relations(edits if edited is None else edited)
         lines: list[dict[str, float]] = []
-        for start in range(0, len(edits), CHUNK):
-            part = edits[start : start + CHUNK]
+        chunk = WRITING if self.settings.generation else CHUNK
+        for start in range(0, len(edits), chunk):
+            part = edits[start : start + chunk]
             with self._naming(part):
                 probabilities = self._rewrite(metrics, part, relations)
                 if self.settings.generation:

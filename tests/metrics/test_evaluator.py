@@ -1,14 +1,17 @@
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import re
+import string
 
 import pytest
 import torch
 
 from kedit_lightning.edits import Edit
-from kedit_lightning.metrics import REPORTED, Evaluation, Evaluator, Scorer
+from kedit_lightning.metrics import REPORTED, Evaluation, Evaluator, Scorer, paper_names
+from kedit_lightning.metrics.functional import harmonic_mean
 from kedit_lightning.metrics.questions import edited_relations, identity, questions
 from kedit_lightning.models.generation import generate
 
@@ -154,7 +157,43 @@ def test_a_free_answer_of_the_target_is_a_hit(evaluator):
     assert summaries["efficacy_generated"].mean == pytest.approx(1 / 3)
 
 
-def test_progress_counts_edits(evaluator, edits):
+def test_zsre_is_measured_as_jeep_does(evaluator):
+    """Token by token, given the tokens before it (MEMIT's loop), on src, rephrase and the question of another fact."""
+    base = evaluator.base
+
+    def share(prompt, target):
+        ids, tokens = base.tokenizer(prompt)["input_ids"], base.tokenizer(f" {target}")["input_ids"]
+        hits = []
+        for token in tokens:
+            hits.append(base.model(torch.tensor([ids])).logits[0, -1].argmax().item() == token)
+            ids = [*ids, token]
+        return sum(hits) / len(hits)
+
+    def partly(prompt):
+        words = ("".join(letters) for letters in itertools.product(string.ascii_letters, repeat=2))
+        return next(word for word in words if 0 < share(prompt, word) < 1)
+
+    prompts = "Ann Example was born in", "Where was Ann Example born?", "nq question: who sang it?"
+    answer, other = partly(prompts[0]), partly(prompts[2])
+    edit = Edit("{}", prompts[0], answer, paraphrase_prompts=prompts[1:2], neighborhood_prompts=prompts[2:],
+                neighborhood_targets=(other,))  # fmt: skip
+    found, _ = evaluate(evaluator, [edit])
+    expected = [share(prompt, target) for prompt, target in zip(prompts, (answer, answer, other), strict=True)]
+    names = paper_names(found)
+    assert [found[names[name]].mean for name in ("ES", "GS", "LS")] == pytest.approx(expected)
+    assert found[names["Score"]].mean == pytest.approx(harmonic_mean(expected))
+
+
+def test_counterfact_is_measured_as_jeep_does(evaluator, edits):
+    found, _ = evaluate(evaluator, edits[:2])
+    names = paper_names(found)
+    assert names == {"ES": "efficacy", "GS": "generalization", "LS": "s_specificity", "Score": "score3"}
+    parts = [found[names[name]].mean for name in ("ES", "GS", "LS")]
+    assert found[names["Score"]].mean == pytest.approx(harmonic_mean(parts))
+
+
+def test_progress_counts_edits(evaluator, edits, monkeypatch):
+    monkeypatch.setattr("kedit_lightning.metrics.evaluator.CHUNK", 32)
     done = []
     many = [dataclasses.replace(edits[1], case_id=i) for i in range(70)]
     evaluator.settings = Evaluation(generation=False)
