@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -12,15 +13,17 @@ from typing import Any
 import pytest
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from safetensors import safe_open
 
 from kedit_lightning.callbacks.figures import Figures
+from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.run import RunDirectory
 from tests.commandline import World, done, flat, jsonl, write
 from tests.families import build, default_tokenizer, tokenizer
 
 ROOT = Path(__file__).parent.parent
 ALL = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
-RUNS = [name for name in ALL if not name.endswith("pretrain.yaml")]
+RUNS = [name for name in ALL if not name.endswith("pretrain.yaml") and "/experiments/" not in name]
 ALONE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
 
 # ---------------------------------------------------------------------- numbers, typed from spec/editors.md, section 3
@@ -43,10 +46,12 @@ LENGTHS = {  # documents are cut at the model's own limit, on Qwen2 at 4,096 (sp
     "gpt2-xl": 1024,
     "gptj": 2048,
     "llama-7b": 2048,
+    "llama2-7b": 4096,
     "llama2-13b": 4096,
     "llama3-8b": 8192,
     "qwen2.5-7b": 4096,
     "qwen2.5-14b": 4096,
+    "gpt-neox-20b": 2048,
 }
 
 
@@ -55,13 +60,15 @@ def common(name: str) -> dict[str, Any]:
 
 
 GPT2_XL, GPTJ, LLAMA_7B = "openai-community/gpt2-xl", "EleutherAI/gpt-j-6B", "huggyllama/llama-7b"
+LLAMA2_7B, LLAMA2_13B = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf"
+LLAMA3_8B, NEOX = "meta-llama/Meta-Llama-3-8B", "EleutherAI/gpt-neox-20b"
 QWEN_7B, QWEN_14B = "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B"
 ROME = {  # model, layer, steps, β
     "gpt2-xl": (GPT2_XL, 17, 20, 0.5),
     "gptj": (GPTJ, 5, 20, 0.5),
     "llama-7b": (LLAMA_7B, 7, 20, 0.5),
-    "llama2-13b": ("meta-llama/Llama-2-13b-hf", 5, 25, 1e-3),  # not published, proposed as LLaMA-2-7B
-    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", 5, 25, 1e-3),
+    "llama2-13b": (LLAMA2_13B, 5, 25, 1e-3),  # not published, proposed as LLaMA-2-7B
+    "llama3-8b": (LLAMA3_8B, 5, 25, 1e-3),
     "qwen2.5-7b": (QWEN_7B, 5, 25, 1e-3),
     "qwen2.5-14b": (QWEN_14B, 17, 25, 0.5),  # not published, proposed
 }
@@ -71,6 +78,50 @@ TOP = {  # model, layers, l_a of each, steps of each stage, vector factor; 14B: 
     "qwen2.5-7b": (QWEN_7B, [5], [10], 20, 0.1),
     "qwen2.5-14b": (QWEN_14B, [17, 18], [27, 27], 20, 0.1),
 }
+# The editors of batches: several layers, all of them named.
+TO_8, TO_10, TO_17 = [3, 4, 5, 6, 7, 8], [5, 6, 7, 8, 9, 10], [13, 14, 15, 16, 17]
+FROM_4, FROM_6 = [4, 5, 6, 7, 8], [6, 7, 8, 9, 10]
+MEMIT = {  # model, layers, steps, learning rate, β, γ, λ
+    "gpt2-xl": (GPT2_XL, TO_17, 20, 0.5, 0.5, 0.75, 20_000),
+    "gptj": (GPTJ, TO_8, 25, 0.5, 0.5, 0.75, 15_000),
+    "llama-7b": (LLAMA_7B, TO_10, 25, 0.5, 0.5, 0.9, 4_000),  # the paper's steps, not the file's
+    "llama2-7b": (LLAMA2_7B, FROM_4, 25, 0.5, 1e-3, 4, 15_000),
+    "llama2-13b": (LLAMA2_13B, FROM_4, 25, 0.5, 1e-3, 4, 15_000),  # not published, proposed as LLaMA-2-7B
+    "llama3-8b": (LLAMA3_8B, FROM_4, 25, 0.1, 0.5, 0.75, 15_000),
+    "qwen2.5-7b": (QWEN_7B, FROM_4, 25, 0.5, 1e-3, 4, 15_000),
+    "qwen2.5-14b": (QWEN_14B, TO_17, 25, 0.5, 1e-3, 4, 15_000),  # not published, proposed
+    "gpt-neox-20b": (NEOX, FROM_6, 20, 0.5, 0.5, 0.8, 6_000),
+}
+PMET = {  # model, layers, steps, learning rate, κ, γ, λ
+    "gptj": (GPTJ, TO_8, 30, 0.2, 1, 0.75, 6_000),
+    "llama-7b": (LLAMA_7B, TO_10, 30, 0.5, 1, 0.9, 4_000),
+    "llama-7b_zsre": (LLAMA_7B, TO_10, 30, 0.5, 1, 1, 6_000),
+    "llama2-7b": (LLAMA2_7B, FROM_4, 20, 0.5, 0.0625, 1, 15_000),
+    "gpt-neox-20b": (NEOX, FROM_6, 30, 0.5, 0.8, 0.8, 15_000),
+}
+ALPHAEDIT = {  # model, layers, steps, learning rate, β, γ, L2
+    "gpt2-xl": (GPT2_XL, TO_17, 20, 0.5, 0.5, 0.75, 10),
+    "gptj": (GPTJ, TO_8, 25, 0.5, 0.5, 0.75, 10),
+    "llama3-8b": (LLAMA3_8B, FROM_4, 25, 0.1, 0.5, 0.75, 10),
+    "qwen2.5-7b": (QWEN_7B, FROM_4, 25, 0.5, 1e-3, 4, 1),
+}
+JEEP = {  # model, low and high layers, γ′ and γ*, λ′ and λ*
+    "gptj": (GPTJ, TO_8, [15, 16], 0.75, 0.25, 2_000, 2_000),
+    "gptj_zsre": (GPTJ, TO_8, [15, 16], 0.75, 0.8, 6_000, 2_000),
+    "llama-7b": (LLAMA_7B, TO_10, [22, 23, 24], 1, 0.25, 2_500, 1_000),
+    "llama-7b_zsre": (LLAMA_7B, TO_10, [22, 23, 24], 1, 0.7, 6_000, 3_000),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "rome": ROME,
+    "top": TOP,
+    "memit": MEMIT,
+    "pmet": PMET,
+    "alphaedit": ALPHAEDIT,
+    "jeep": JEEP,
+}
+FROM_JEEP = {"memit_llama-7b", "pmet_llama-7b", "pmet_llama-7b_zsre"} | {f"jeep_{name}" for name in JEEP}
+"""What only JEEP's paper has numbers for: second moments over Wikitext, edited in fp16 (D.5 to D.7)."""
+WIKIPEDIA, WIKITEXT = "wikimedia/wikipedia:20231101.en", "Salesforce/wikitext:wikitext-103-raw-v1"
 RELEASED = {  # what the authors' code does otherwise
     "rome": {"preset": "released"},
     "rome_llama3-8b": {"mom2_adjustment": False},
@@ -78,9 +129,38 @@ RELEASED = {  # what the authors' code does otherwise
     "top": {"preset": "released"},
     "top_qwen2.5-7b": {"preset": "released", "mom2_adjustment": False},
     "top_qwen2.5-14b": {"preset": "released", "rel_feat_layer": [10, 10], "mom2_adjustment": False},
+    "memit": {"preset": "released"},
+    "memit_llama-7b": {"preset": "released", "v_num_grad_steps": 30, "statistics": {"source": WIKIPEDIA}},
+    "pmet": {"preset": "released"},
+    "pmet_llama-7b": {"preset": "released", "statistics": {"source": WIKIPEDIA}},
+    "alphaedit": {"preset": "released"},
+    "alphaedit_llama3-8b": {"L2": 1},  # EasyEdit's
+    "jeep": {"preset": "released", "statistics": {"source": WIKIPEDIA}},
 }
-PROPOSED = {f"configs/{name}.yaml" for name in ("rome_llama2-13b", "rome_qwen2.5-14b", "rome_almanac", "top_almanac")}
+ABLATIONS = {  # JEEP, Table 4; the eighth row is JEEP itself
+    "jeep_high_only": {"optimize": "high"},
+    "jeep_low_only": {"optimize": "low"},
+    "jeep_high_written": {"rewrite": "high"},
+    "jeep_low_written": {"rewrite": "low"},
+    "jeep_separate": {"joint": False},
+    "jeep_even_spread": {"spread_low": "even"},
+    "jeep_mhsa": {"high_site": "attn", "high_rewrite": "attn"},
+}
+NOT_PUBLISHED = ("rome_llama2-13b", "rome_qwen2.5-14b", "memit_llama2-13b", "memit_qwen2.5-14b")
+PROPOSED = {f"configs/{name}.yaml" for name in (*NOT_PUBLISHED, *(f"{editor}_almanac" for editor in MODELS))}
+PROPOSED.add("configs/experiments/jeep_scaling_almanac.yaml")
 DATA = {"dataset": "counterfact", "size": 2000, "batch_size": 1, "restore_every": 1}
+MASS = {"dataset": "multi_counterfact", "size": 10_000, "batch_size": 10_000, "restore_every": None}
+ZSRE = MASS | {"dataset": "zsre", "on_conflict": "keep_last", "options": {"target": "answers"}}
+SEQUENCE = {"dataset": "multi_counterfact", "size": 2000, "batch_size": 100, "restore_every": None}
+DATA_SETS = {  # dataset, records, edits in a batch, after how many the weights are restored
+    "counterfact": ("counterfact", 2000, 1, 1),
+    "counterfact_rs": ("counterfact_rs", 2000, 1, 1),
+    "jsonl": ("jsonl", None, 1, None),
+    "mcf": ("multi_counterfact", 2000, 1, 1),
+    "zsre": ("zsre", 2000, 1, 1),
+    "zsre_10000": ("zsre", 10_000, 10_000, None),
+}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -92,17 +172,16 @@ def text(name: str) -> str:
     return (ROOT / name).read_text()
 
 
+def stems(folder: str) -> set[str]:
+    return {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")}
+
+
 def test_there_is_a_configuration_for_every_row() -> None:
-    expected = {f"configs/rome_{name}.yaml" for name in ROME} | {f"configs/top_{name}.yaml" for name in TOP}
-    assert {name for name in ALONE if not name.endswith("_almanac.yaml")} == expected
-    assert {Path(name).stem for name in ALL if "/data/" in name} == {
-        "counterfact",
-        "counterfact_rs",
-        "zsre",
-        "mcf",
-        "jsonl",
-    }
-    assert {Path(name).stem for name in ALL if "/released/" in name} == set(RELEASED)
+    rows = {f"{editor}_{name}" for editor, models in MODELS.items() for name in (*models, "almanac")}
+    assert stems(".") == rows
+    assert stems("data") == set(DATA_SETS)
+    assert stems("released") == set(RELEASED)
+    assert stems("ablations") == set(ABLATIONS)
 
 
 @pytest.mark.parametrize("name", ROME)
@@ -140,10 +219,120 @@ def test_top(name: str) -> None:
     assert config["data"] == DATA
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_released(name: str) -> None:
-    editor = name.partition("_")[0].upper()
-    assert load(f"configs/released/{name}.yaml") == {"model": {"class_path": editor, "init_args": RELEASED[name]}}
+def batch_editor(editor: str, name: str, data: dict[str, Any]) -> dict[str, Any]:
+    """The settings of MEMIT or a successor that its table holds; all else is checked here."""
+    model = MODELS[editor.lower()][name][0]
+    config = load(f"configs/{editor.lower()}_{name}.yaml")
+    from_jeep = f"{editor.lower()}_{name}" in FROM_JEEP
+    assert config["base"] == {"name": model, "dtype": "float16" if from_jeep else "float32"}
+    assert config["model"]["class_path"] == editor
+    assert config["data"] == (ZSRE if name.endswith("_zsre") else data)
+    settings: dict[str, Any] = config["model"]["init_args"]
+    assert settings.pop("statistics") == {
+        "source": WIKITEXT if from_jeep else WIKIPEDIA,
+        "n_samples": 50_000 if model == NEOX else 100_000,
+        "tokens": "full",
+        "max_length": LENGTHS[name.removesuffix("_zsre")],
+        "mom2_dtype": "float32",
+    }
+    assert settings.pop("context_templates") == {"scheme": "memit"}
+    assert settings.pop("mom2_adjustment") is True
+    return settings
+
+
+@pytest.mark.parametrize("name", MEMIT)
+def test_memit(name: str) -> None:
+    _, layers, steps, lr, decay, clamp, weight = MEMIT[name]
+    assert batch_editor("MEMIT", name, MASS) == {
+        "layers": layers,
+        "v_num_grad_steps": steps,
+        "v_lr": lr,
+        "v_weight_decay": decay,
+        "clamp_norm_factor": clamp,
+        "kl_factor": 0.0625,
+        "mom2_update_weight": weight,
+        "spread": "even",
+        "stop": 0.05,
+    }
+
+
+@pytest.mark.parametrize("name", PMET)
+def test_pmet(name: str) -> None:
+    _, layers, steps, lr, kl, clamp, weight = PMET[name]
+    assert batch_editor("PMET", name, MASS) == {
+        "layers": layers,
+        "v_num_grad_steps": steps,
+        "v_lr": lr,
+        "v_weight_decay": 0.5,
+        "clamp_norm_factor": clamp,
+        "kl_factor": kl,
+        "nll_loss_factor": 1,
+        "mom2_update_weight": weight,
+        "rewrite": "mlp",
+        "spread": "sqrt",
+        "stop": 0.05,
+    }
+
+
+@pytest.mark.parametrize("name", ALPHAEDIT)
+def test_alphaedit(name: str) -> None:
+    _, layers, steps, lr, decay, clamp, l2 = ALPHAEDIT[name]
+    assert batch_editor("AlphaEdit", name, SEQUENCE) == {
+        "layers": layers,
+        "v_num_grad_steps": steps,
+        "v_lr": lr,
+        "v_weight_decay": decay,
+        "clamp_norm_factor": clamp,
+        "kl_factor": 0.0625,
+        "nullspace_threshold": 0.02,
+        "L2": l2,
+        "spread": "even",
+        "stop": 0.05,
+    }
+
+
+@pytest.mark.parametrize("name", JEEP)
+def test_jeep(name: str) -> None:
+    _, low, high, clamp_low, clamp_high, weight_low, weight_high = JEEP[name]
+    assert batch_editor("JEEP", name, MASS) == {
+        "layers_low": low,
+        "layers_high": high,
+        "v_num_grad_steps": 30,
+        "v_lr": 0.5,
+        "v_weight_decay_low": 0.5,
+        "v_weight_decay_high": 0.5,
+        "clamp_norm_factor_low": clamp_low,
+        "clamp_norm_factor_high": clamp_high,
+        "kl_factor_low": 0.0625,
+        "mom2_update_weight_low": weight_low,
+        "mom2_update_weight_high": weight_high,
+        "min_loss": 0.9,
+        "spread_low": "sqrt",
+        "spread_high": "even",
+    }
+
+
+@pytest.mark.parametrize("editor", ["memit", "pmet", "alphaedit", "jeep"])
+def test_the_almanac_is_edited_a_hundred_at_once(editor: str) -> None:
+    config = load(f"configs/{editor}_almanac.yaml")
+    assert config["data"] == {"dataset": "almanac", "stop": 100, "batch_size": 100, "restore_every": None}
+    assert config["model"]["init_args"]["statistics"] == {"source": "almanac", "tokens": 20_000}
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_data(name: str) -> None:
+    dataset, size, batch_size, restore_every = DATA_SETS[name]
+    data = load(f"configs/data/{name}.yaml")["data"]
+    found = (data["dataset"], data["size"], data["batch_size"], data["restore_every"])
+    assert found == (dataset, size, batch_size, restore_every)
+    assert set(data) == set(inspect.signature(EditDataModule).parameters)  # so that nothing of another is left
+
+
+@pytest.mark.parametrize("name", [*RELEASED, *ABLATIONS])
+def test_overlays(name: str) -> None:
+    editor = {"alphaedit": "AlphaEdit"}.get(name.partition("_")[0], name.partition("_")[0].upper())
+    folder, settings = ("released", RELEASED[name]) if name in RELEASED else ("ablations", ABLATIONS[name])
+    assert load(f"configs/{folder}/{name}.yaml") == {"model": {"class_path": editor, "init_args": settings}}
 
 
 # ---------------------------------------------------------------------- their form
@@ -153,11 +342,12 @@ def test_released(name: str) -> None:
 def test_the_first_line_is_the_command(name: str) -> None:
     command = text(name).splitlines()[0]
     kedit, method, *args = shlex.split(command.removeprefix("# "))
-    assert (kedit, method) == ("kedit", "pretrain" if name.endswith("pretrain.yaml") else "fit")
+    other = {"pretrain.yaml": "pretrain", "jeep_scaling_almanac.yaml": "scale"}
+    assert (kedit, method) == ("kedit", other.get(Path(name).name, "fit"))
     assert args[::2] == ["--config"] * (len(args) // 2)
     assert args[-1] == name
     assert all((ROOT / path).is_file() for path in args[1::2])
-    assert len(args) == (4 if "/data/" in name or "/released/" in name else 2)
+    assert len(args) == (4 if re.search("/(data|released|ablations)/", name) else 2)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -180,7 +370,7 @@ def test_every_configuration_names_the_source_of_its_numbers() -> None:
 def test_what_is_not_published_says_so() -> None:
     """A key whose number is our own proposal carries `source: proposed`."""
     assert {name for name in ALL if "source: proposed" in text(name)} == PROPOSED & set(ALL)
-    for name in ("rome_llama2-13b", "rome_qwen2.5-14b"):
+    for name in NOT_PUBLISHED:
         settings = load(f"configs/{name}.yaml")["model"]["init_args"]
         marked = set(re.findall(r"(\w+):.*# source: proposed", text(f"configs/{name}.yaml")))
         assert marked == set(settings) - {"context_templates", "statistics"}
@@ -190,31 +380,34 @@ def test_what_is_not_published_says_so() -> None:
 
 
 class Deep(World):
-    """The world with a model as deep as the deepest (48 layers) and a data set of every form."""
+    """The world with a model that has every layer that is named (up to 28), and a data set of every form."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.deep = folder / "deep"
-        build("gpt2", n_layer=48, n_embd=8, n_head=2, n_positions=64).save_pretrained(self.deep)
+        build("gpt2", n_layer=29, n_embd=8, n_head=2, n_positions=64).save_pretrained(self.deep)
         tokenizer(default_tokenizer("gpt2")).save_pretrained(self.deep)
         self.few = folder / "few.txt"
         self.few.write_text("\n".join(self.corpus.read_text().splitlines()[:30]))
-        zsre = {
-            "subject": "Velora Quint",
-            "src": "Where was Velora Quint born?",
-            "rephrase": "In which town was Velora Quint born?",
-            "answers": ["Tessaro"],
-            "alt": "Ulm",
-            "loc": "nq question: who rings the bells",
-            "loc_ans": "Tobin",
-        }
+        zsre = [
+            {
+                "subject": subject,
+                "src": f"Where was {subject} born?",
+                "rephrase": f"In which town was {subject} born?",
+                "answers": ["Tessaro"],
+                "alt": "Ulm",
+                "loc": "nq question: who rings the bells",
+                "loc_ans": "Tobin",
+            }
+            for subject in ("Velora Quint", "Oskel Tamrin")
+        ]
         nested = write(folder / "nested.json", json.dumps([self.nested(i) for i in (0, 1)]))
         self.path = {
             "counterfact": nested,
             "multi_counterfact": nested,
             "counterfact_rs": nested,
-            "zsre": write(folder / "zsre.json", json.dumps([zsre])),
-            "jsonl": jsonl(folder / "edits.jsonl", [flat(1)]),
+            "zsre": write(folder / "zsre.json", json.dumps(zsre)),
+            "jsonl": jsonl(folder / "edits.jsonl", [flat(1), flat(0)]),
         }
 
     @staticmethod
@@ -232,6 +425,30 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deep]:
         yield Deep(tmp_path_factory.mktemp("configs"))
 
 
+def stage_layers(editor: str, settings: dict[str, Any]) -> list[int]:
+    """The layers of an edit's stages."""
+    if editor in ("ROME", "TOP"):
+        return [layer for layer in settings["layers"] for _ in range(2 if editor == "TOP" else 1)]
+    if editor != "JEEP":
+        return settings["layers"][-1:]
+    last = {"low": settings["layers_low"][-1], "high": settings["layers_high"][-1]}
+    return (
+        list(last.values()) if settings.get("joint") is False else [last[REGIONS[settings.get("optimize", "both")][-1]]]
+    )
+
+
+def written(editor: str, settings: dict[str, Any]) -> set[tuple[int, str]]:
+    """The weights that are edited, as layer and part."""
+    if editor != "JEEP":
+        return {(layer, "mlp") for layer in settings["layers"]}
+    regions = REGIONS[settings.get("rewrite", settings.get("optimize", "both"))]
+    parts = {"low": "mlp", "high": settings.get("high_rewrite", "mlp")}
+    return {(layer, parts[region]) for region in regions for layer in settings[f"layers_{region}"]}
+
+
+REGIONS = {"both": ("low", "high"), "low": ("low",), "high": ("high",)}
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(ROOT)
@@ -239,33 +456,60 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
     content: dict[str, Any] = {}
     for path in args[1::2]:
         content |= load(path)
-    settings = load(args[1])["model"]["init_args"]
-    dataset = content["data"]["dataset"]
+    first = load(args[1])["model"]
+    editor, settings = first["class_path"], first["init_args"]
+    dataset, edits = content["data"]["dataset"], min(2, content["data"]["batch_size"])
     if dataset == "almanac":
         dataset, content["data"] = "jsonl", {}
+    few: dict[str, Any] = {"context_template_length_params": "[[5, 1]]"}
+    if settings["context_templates"]["scheme"] == "memit":
+        few = {"templates": '[["{}"], ["Yes. {}"]]'}  # instead of five prefixes of ten tokens, half of the time
     overrides = {
         "base.name": deep.deep,
         "data.dataset": dataset,
         "data.path": deep.path[dataset],
-        "data.stop": 1,
+        "data.stop": edits,
         "trainer.save_dir": deep.logs,
         "trainer.name": name.replace("/", "-"),
         "trainer.enable_progress_bar": "false",
         "trainer.evaluation.generation": "false",
+        "trainer.evaluate": str("/data/" in name).lower(),  # once on each form of data
         "model.init_args.statistics.source": deep.few,
-        "model.init_args.context_templates.context_template_length_params": "[[5, 1]]",
-    } | {f"model.init_args.{key}": 2 for key in settings if key.startswith("v_num_grad_steps")}
+    }
+    overrides |= {f"model.init_args.context_templates.{key}": value for key, value in few.items()}
+    overrides |= {f"model.init_args.{key}": 2 for key in settings if key.startswith("v_num_grad_steps")}
     done(method, *args, *(f"--{key}={value}" for key, value in overrides.items()))
     run = RunDirectory(deep.logs / name.replace("/", "-") / "version_0")
-    (record,) = run.records()
-    assert [stage["layer"] for stage in record["stages"]] == [
-        layer for layer in settings["layers"] for _ in range(2 if "rel_feat_layer" in settings else 1)
-    ]
+    expected = settings | content["model"]["init_args"]
+    records = list(run.records())
+    assert len(records) == edits
+    for record in records:
+        assert [stage["layer"] for stage in record["stages"]] == stage_layers(editor, expected)
+    with safe_open(run.path / "delta.safetensors", "pt") as delta:
+        found = {re.search(r"h\.(\d+)\.(mlp|attn)", key) for key in delta.keys()}  # noqa: SIM118
+    assert {(int(match[1]), match[2]) for match in found if match} == written(editor, expected)
     saved = yaml.safe_load((run.path / "config.yaml").read_text())["model"]["init_args"]
-    expected = settings | (content["model"]["init_args"] if "/released/" in name else {})
     given = {key.removeprefix("model.init_args.") for key in overrides}
     for key in set(expected) - given - {"statistics", "context_templates"}:
         assert saved[key] == expected[key], key
+    for block in ("statistics", "context_templates"):  # what an overlay says of a block is added to the block
+        for key, value in (settings[block] | expected[block]).items():
+            assert f"{block}.{key}" in given or saved[block][key] == value, key
+
+
+def test_the_scaling_run(deep: Deep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its data, its measuring and its counts, with another editor on a tiny model."""
+    content = load("configs/experiments/jeep_scaling_almanac.yaml")
+    content["base"] = {"name": str(deep.base)}
+    content["model"] = {
+        "class_path": "ROME",
+        "init_args": {"layers": [1], "v_num_grad_steps": 2, "mom2_adjustment": False},
+    }
+    content["model"]["init_args"]["context_templates"] = {"templates": [["{}"]]}
+    config = write(tmp_path / "scaling.yaml", content)
+    done("scale", "--config", config, "--trainer.save_dir", tmp_path, "--counts=[1, 10]", "--seeds=[0]")
+    (csv,) = tmp_path.rglob("scaling.csv")
+    assert [line.split(",")[:2] for line in csv.read_text().splitlines()[1:]] == [["1", "1"], ["10", "1"]]
 
 
 def test_the_pretraining_configuration_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
