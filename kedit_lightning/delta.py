@@ -44,7 +44,8 @@ class WeightDelta:
         """Update from factors of shapes ``(out, r)`` and ``(in, r)``; kept dense where that is smaller."""
         (out, r), inner = left.shape, right.shape[0]
         if r > out * inner / (out + inner):
-            return cls(name, dense=(left.double() @ right.double().T).float().cpu().contiguous())
+            product = right.T if torch.equal(left, torch.eye(out).to(left)) else left.double() @ right.double().T
+            return cls(name, dense=product.float().cpu().contiguous())
         return cls(name, left.float().cpu().contiguous(), right.float().cpu().contiguous())
 
     @property

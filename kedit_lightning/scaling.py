@@ -141,14 +141,11 @@ class Scaling:
 
     def _measure(self, count: int, seed: int, fit: Callable[[], None]) -> Record:
         """One point."""
-        self.datamodule.current = batch = self._first(count, seed)
+        batch = self._first(count, seed)
         self.trainer.tell("on_stream_start", self.editor, count)
         self._restore()
         started = time.time()
-        for pass_ in range(len(self.editor.passes())):
-            self.editor.begin(batch, pass_)
-            fit()
-        self.trainer.weight_update.take()
+        self.trainer.weight_update.edit(self.editor, self.datamodule, batch, fit)
         edited = time.time()
         scores = self._score("after", batch)
         seconds = {"editing": round(edited - started, 3), "measuring": round(time.time() - edited, 3)}

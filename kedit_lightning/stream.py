@@ -76,15 +76,9 @@ class EditStream:
         Returns:
             Its lines of edits.jsonl, without what is measured after.
         """
-        editor, update = self.editor, self.trainer.weight_update
-        self.datamodule.current = batch
-        started = time.time()
-        update.take()
+        editor, started = self.editor, time.time()
         with editor.base.transaction():
-            for pass_ in range(len(editor.passes())):
-                editor.begin(batch, pass_)
-                fit()
-            deltas = update.take()
+            deltas = self.trainer.weight_update.edit(editor, self.datamodule, batch, fit)
             seconds = round((time.time() - started) / len(batch), 3)
             records = [{**self._record(i, group), "seconds": seconds} for i in range(len(batch))]
             self.run.commit(self.commits, deltas, self._metadata(batch, group), records, editor.memory)

@@ -124,7 +124,7 @@ def test_damaged_weights(bad: Bad, how: str) -> None:
     [
         ("rome", "layers", "[4]", "expected a layer between 0 and 3, got 4"),
         ("rome", "layers", "[-1]", "expected a layer between 0 and 3, got -1"),
-        ("rome", "layers", "[]", "expected at least one layer to edit"),
+        ("rome", "layers", "[]", "layers: expected at least one layer"),
         ("top", "layers", "[7]", "expected a layer between 0 and 3, got 7"),
         ("top", "rel_feat_layer", "3", "expected a layer between 0 and 3, got 4"),
         ("top", "rel_feat_layer", "-1", "rel_feat_layer: expected an offset ≥ 0"),
@@ -134,6 +134,142 @@ def test_damaged_weights(bad: Bad, how: str) -> None:
 )
 def test_editors_that_do_not_fit_the_model(bad: Bad, editor: str, key: str, value: str, words: str) -> None:
     refused(kedit("fit", "--config", getattr(bad, editor), f"--model.init_args.{key}", value), 1, words)
+
+
+# ---------------------------------------------------------------------- editors of whole batches
+
+MASS: dict[str, dict[str, Any]] = {
+    "MEMIT": {"layers": [1], "v_num_grad_steps": 2},
+    "PMET": {"layers": [1], "v_num_grad_steps": 2},
+    "AlphaEdit": {"layers": [1], "v_num_grad_steps": 2, "nullspace_threshold": 2.0},
+    "JEEP": {"layers_low": [0, 1], "layers_high": [2, 3], "v_num_grad_steps": 2},
+    "ROME": {"layers": [1], "v_num_grad_steps": 2, "solver": "least_squares"},
+}
+
+
+def mass(bad: Bad, tmp_path: Path, editor: str, **settings: Any) -> Path:
+    """A configuration of an editor of whole batches."""
+    content = yaml.safe_load(bad.rome.read_text())
+    shared = {key: content["model"]["init_args"][key] for key in ("context_templates", "statistics")}
+    content["model"] = {"class_path": editor, "init_args": {**shared, **MASS[editor], **settings}}
+    content["data"]["batch_size"] = 4
+    return write(tmp_path / "mass.yaml", content)
+
+
+def nothing_committed(bad: Bad, name: str) -> None:
+    """No commit, no delta, no metrics; a run directory may have been begun."""
+    left = {path.name for path in (bad.logs / name).rglob("*") if path.is_file()}
+    assert not [file for file in left if file.endswith((".safetensors", ".jsonl")) or file == "metrics.json"], left
+
+
+@pytest.mark.parametrize("editor", MASS)
+def test_the_configurations_of_whole_batches_are_good(bad: Bad, tmp_path: Path, editor: str) -> None:
+    done("validate", "--config", mass(bad, tmp_path, editor))
+
+
+POSITIVE = "expected a positive number, got "
+
+
+@pytest.mark.parametrize(
+    ("editor", "settings", "words"),
+    [
+        ("MEMIT", {"mom2_update_weight": 0}, f"mom2_update_weight: {POSITIVE}0"),
+        ("MEMIT", {"mom2_update_weight": -3.0}, f"mom2_update_weight: {POSITIVE}-3"),
+        ("PMET", {"mom2_update_weight": ".nan"}, f"mom2_update_weight: {POSITIVE}nan"),
+        ("ROME", {"mom2_update_weight": 0}, f"mom2_update_weight: {POSITIVE}0"),
+        ("JEEP", {"mom2_update_weight_low": 0}, f"mom2_update_weight_low: {POSITIVE}0"),
+        ("JEEP", {"mom2_update_weight_high": -1}, f"mom2_update_weight_high: {POSITIVE}-1"),
+        ("AlphaEdit", {"L2": 0}, f"L2: {POSITIVE}0"),
+        ("AlphaEdit", {"L2": -10}, f"L2: {POSITIVE}-10"),
+        ("AlphaEdit", {"nullspace_threshold": 0}, f"nullspace_threshold: {POSITIVE}0"),
+        ("PMET", {"nll_loss_factor": -1}, "nll_loss_factor: expected at least 0, got -1"),
+        ("MEMIT", {"clamp_norm_factor": 0}, f"clamp_norm_factor: {POSITIVE}0"),
+        ("JEEP", {"clamp_norm_factor_high": -0.5}, f"clamp_norm_factor_high: {POSITIVE}-0.5"),
+        ("JEEP", {"v_weight_decay_high": -0.5}, "v_weight_decay_high: expected at least 0, got -0.5"),
+        ("MEMIT", {"v_num_grad_steps": 0}, "v_num_grad_steps: expected at least 1, got 0"),
+        ("MEMIT", {"v_lr": 0}, f"v_lr: {POSITIVE}0"),
+        ("MEMIT", {"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
+        ("MEMIT", {"layers": [2, 1]}, "layers: expected at least one layer, each once and in ascending order, got [2,"),
+        ("AlphaEdit", {"layers": [1, 1]}, "layers: expected at least one layer, each once and in ascending order"),
+        ("PMET", {"layers": []}, "layers: expected at least one layer, each once and in ascending order, got []"),
+        ("MEMIT", {"layers": [1, 4]}, "expected a layer between 0 and 3, got 4"),
+        ("JEEP", {"layers_low": []}, "layers_low: expected at least one layer"),
+        ("JEEP", {"layers_high": []}, "layers_high: expected at least one layer"),
+        ("JEEP", {"layers_low": [1, 0]}, "layers_low: expected at least one layer, each once and in ascending order"),
+        ("JEEP", {"layers_high": [3, 2]}, "layers_high: expected at least one layer, each once and in ascending order"),
+        ("JEEP", {"layers_high": [1, 2]}, "layers_high: expected layers above the low ones [0, 1], got [1, 2]"),
+        ("JEEP", {"layers_low": [3], "layers_high": [2]}, "layers_high: expected layers above the low ones [3], got"),
+        ("JEEP", {"layers_high": [3, 4]}, "expected a layer between 0 and 3, got 4"),
+        ("JEEP", {"optimize": "low", "rewrite": "both"}, "expected regions to rewrite that are optimized"),
+        ("JEEP", {"optimize": "low", "rewrite": "high"}, "expected regions to rewrite that are optimized"),
+        ("JEEP", {"optimize": "high", "joint": False}, "and both without joint; got high"),
+    ],
+)
+def test_settings_of_whole_batches(bad: Bad, tmp_path: Path, editor: str, settings: dict[str, Any], words: str) -> None:
+    settings = {key: float("nan") if value == ".nan" else value for key, value in settings.items()}
+    refused(kedit("fit", "--config", mass(bad, tmp_path, editor, **settings), "--trainer.name", "refused"), 1, words)
+    assert not (bad.logs / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("editor", "settings", "words"),
+    [
+        ("MEMIT", {"spread": "linear"}, ("spread", "'even', 'sqrt'")),
+        ("PMET", {"rewrite": "attn"}, ("rewrite", "'mlp', 'both'")),
+        ("JEEP", {"optimize": "middle"}, ("optimize", "'both', 'low', 'high'")),
+        ("JEEP", {"kl_prompt": "none"}, ("kl_prompt", "'essence', 'edit'")),
+        ("ROME", {"solver": "lstsq"}, ("solver", "'constrained', 'least_squares'")),
+        ("AlphaEdit", {"l2": 1}, ("unknown key model.init_args.l2 of AlphaEdit",)),
+    ],
+)
+def test_words_of_whole_batches(
+    bad: Bad, tmp_path: Path, editor: str, settings: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    refused(kedit("fit", "--config", mass(bad, tmp_path, editor, **settings)), 2, *words)
+
+
+@pytest.mark.parametrize("editor", ["MEMIT", *(pytest.param(e, marks=pytest.mark.slow) for e in MASS if e != "MEMIT")])
+def test_more_edits_than_memory_allows(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, editor: str) -> None:
+    """Said for how many there is room; with a machine that is too small for a single one, that."""
+    k, d = 128, 32
+    fixed, each = 8 * 3 * k * k, 8 * (3 * k + 4 * d)
+    config = mass(bad, tmp_path, editor)
+    need = "4 edits together need about 0.0 GiB for their keys and values and the solve, 0.0 GiB are free: "
+    for free, words in (
+        (fixed + 3 * each, "set data.batch_size to at most 3"),
+        (fixed - 1, "a machine with more memory is needed"),
+    ):
+        monkeypatch.setattr("kedit_lightning.models.memory.free_memory", lambda _, free=free: free)
+        refused(kedit("fit", "--config", config, "--trainer.name", f"small-{editor}"), 1, need, words)
+    nothing_committed(bad, f"small-{editor}")
+
+
+SECOND_MOMENTS: dict[str, tuple[tuple[int, float], str]] = {
+    "of the wrong size": ((64, 1.0), "expected the second moment of transformer.h.1.mlp.c_proj of shape (128, 128)"),
+    "singular": ((128, 0.0), "singular"),
+    "with NaN": ((128, float("nan")), "not finite"),
+}
+
+
+@pytest.mark.parametrize("name", SECOND_MOMENTS)
+@pytest.mark.parametrize(
+    "editor", [e if e in ("MEMIT", "AlphaEdit") else pytest.param(e, marks=pytest.mark.slow) for e in MASS]
+)
+def test_second_moments_of_whole_batches(bad: Bad, tmp_path: Path, editor: str, name: str) -> None:
+    (width, value), words = SECOND_MOMENTS[name]
+    path, layers = tmp_path / "moments.safetensors", range(4)
+    good, wrong = torch.eye(128), value * torch.eye(width)
+    moments = {f"transformer.h.{layer}.mlp.c_proj": wrong if layer == 1 else good.clone() for layer in layers}
+    save_file(moments | {"count": torch.tensor([1000])}, path)
+    config = mass(bad, tmp_path, editor, statistics={"source": str(path)})
+    args = ("fit", "--config", config, "--trainer.name", f"{name}-{editor}".replace(" ", "-"))
+    if editor == "AlphaEdit" and name == "singular":  # that is what it looks for
+        done(*args)
+        config = mass(bad, tmp_path, editor, statistics={"source": str(path)}, layers=[0], nullspace_threshold=0.5)
+        name, words = "full", "expected eigenvalues of its second moment below 0.5, got 1 as the smallest"
+        args = ("fit", "--config", config, "--trainer.name", f"{name}-{editor}")
+    refused(kedit(*args), 1, words)
+    nothing_committed(bad, str(args[-1]))
 
 
 # ---------------------------------------------------------------------- the edits

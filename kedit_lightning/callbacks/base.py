@@ -13,6 +13,7 @@ from kedit_lightning.run import Record
 if TYPE_CHECKING:
     from lightning import Trainer
 
+    from kedit_lightning.delta import WeightDelta
     from kedit_lightning.editors import Editor
 
 
@@ -30,6 +31,9 @@ class EditCallback(Callback):
 
     def on_evaluation_end(self, trainer: Trainer) -> None:
         """All of them are scored."""
+
+    def on_update_written(self, trainer: Trainer, editor: Editor, delta: WeightDelta) -> None:
+        """An update has been added to the weights; others of the edit batch may follow."""
 
     def on_edits_committed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
         """An edit batch is in the weights and on the disk; ``records``: its lines of edits.jsonl, without "after"."""

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, cast
 
 import rich.console
 from lightning import LightningModule, Trainer
-from rich.progress import Progress, TaskID
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from kedit_lightning.callbacks.base import EditCallback
+from kedit_lightning.callbacks.rows import Rows
 from kedit_lightning.metrics.generation import says
-from kedit_lightning.models.progress import DISPLAY, bars
+from kedit_lightning.models.progress import DISPLAY
 from kedit_lightning.report import count, edit_line, printable, quoted, table
 from kedit_lightning.run import Record
 
 if TYPE_CHECKING:
+    from kedit_lightning.delta import WeightDelta
     from kedit_lightning.editors import Editor
 
 FEW = 30
@@ -42,7 +43,7 @@ NOISE = (
 )
 """Warnings of Lightning about training loops that edit streams are not."""
 
-SAID = ("kedit_lightning.models.statistics", "kedit_lightning.models.key_pass")
+SAID = ("kedit_lightning.models.statistics", "kedit_lightning.models.key_pass", "kedit_lightning.models.sums")
 """Loggers whose news are shown, not only their warnings."""
 
 _PREPARING = "preparing: contexts, key statistics"
@@ -53,7 +54,8 @@ class Console(EditCallback):
     """One live set of progress bars, a line an edit where there are few, warnings, and the table at the end.
 
     Only the first process writes. Where the output is no terminal there are no bars and no control characters, but the
-    lines and the table; with ``enable_progress_bar: false`` only the warnings and the table.
+    lines, one a minute on what takes longer, and the table; with ``enable_progress_bar: false`` only the warnings and
+    the table.
 
     Args:
         console: Where to write; standard output by default.
@@ -61,37 +63,26 @@ class Console(EditCallback):
 
     def __init__(self, console: rich.console.Console | None = None) -> None:
         self.out = console or rich.console.Console(highlight=False)
-        self._progress: Progress | None = None
+        self.rows = Rows(self.out)
         self._start(0)
         atexit.register(self.close)
 
     def _start(self, n_edits: int) -> None:
         self._n, self._done, self._evaluated, self._seconds = n_edits, 0, 0, 0.0
+        self._written: set[str] = set()
         self._unknown: list[Record] = []
         self._already: list[Record] = []
 
     # ------------------------------------------------------------------ bars
 
-    def _bar(self, trainer: Trainer, name: str, done: int, total: int | None, note: str = "") -> None:
-        """Show a bar, which is made when it is first named."""
-        if not _talks(trainer) or not self.out.is_terminal or self.out.is_dumb_terminal:
-            return
-        if self._progress is None:
-            self._progress = bars(self.out)
-            self._tasks: dict[str, TaskID] = {}
-            self._progress.start()
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, note="")
-            if (preparing := self._tasks.get(_PREPARING)) is not None and name != _PREPARING:
-                self._progress.update(preparing, visible=False)
-        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+    def _bar(self, trainer: Trainer, name: str, done: float, total: int | None, note: str = "") -> None:
+        if _talks(trainer):
+            self.rows.show(name, done, total, note)
 
     def close(self) -> None:
         """Take the bars away and give the cursor back; also done when the interpreter ends, for whatever reason."""
-        if self._progress is not None:
-            DISPLAY.set(None)
-            self._progress.stop()
-            self._progress = None
+        DISPLAY.set(None)
+        self.rows.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave a clean terminal behind."""
@@ -101,8 +92,8 @@ class Console(EditCallback):
         """Say that something is going on."""
         self._start(n_edits)
         self._bar(trainer, _PREPARING, 0, None)
-        if self._progress is not None:
-            DISPLAY.set(partial(self._bar, trainer))  # the pass over documents shows its steps here
+        DISPLAY.set(partial(self._bar, trainer))  # the pass over documents shows its steps here
+        _LINES.setLevel(logging.INFO if _talks(trainer) else logging.WARNING)
 
     def on_evaluation_start(self, trainer: Trainer, title: str, total: int) -> None:
         """One bar before; one after over the whole stream, however often the weights are restored.
@@ -125,18 +116,36 @@ class Console(EditCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Show the loss of the edits under way."""
-        self._bar(trainer, "editing", self._done, self._n, self._note(cast("Editor", pl_module)))
+        """Show how many edits are optimised, and the loss."""
+        editor = cast("Editor", pl_module)
+        passes, n = len(editor.passes()), len(editor.edits)
+        optimised = (editor.pass_ * n + editor.optimised) / passes
+        self._bar(trainer, "editing", self._done + optimised, self._n, self._note(editor))
 
     def _note(self, editor: Editor) -> str:
         curves = next((outcome.curves for outcome in reversed(editor.outcomes) if outcome.curves), None)
-        loss = [] if curves is None else [f"loss {sum(float(values.mean()) for values in curves[-1].values()):.2f}"]
+        loss = [] if curves is None else [f"loss {sum(float(values.nanmean()) for values in curves[-1].values()):.2f}"]
         return " · ".join([*([f"{self._seconds / self._done:.2g} s/edit"] if self._done else []), *loss])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The edits are optimised; what follows is their weights."""
+        self._writing(trainer, cast("Editor", pl_module))
+
+    def on_update_written(self, trainer: Trainer, editor: Editor, delta: WeightDelta) -> None:
+        """Advance."""
+        self._written.add(delta.name)
+        self._writing(trainer, editor)
+
+    def _writing(self, trainer: Trainer, editor: Editor) -> None:
+        """An edit that is made alone has no bar: it would flicker beside that of the edits."""
+        if len(editor.edits) > 1:
+            self._bar(trainer, "writing weights", len(self._written), len(editor.sites()))
 
     # ------------------------------------------------------------------ edits
 
     def on_edits_committed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
         """Count; compare what the base model answered with what the data say."""
+        self._written = set()
         tenth = 10 * self._done // max(self._n, 1)
         self._done += len(records)
         self._seconds += sum(record["seconds"] for record in records)
@@ -148,21 +157,21 @@ class Console(EditCallback):
                 self._unknown.append(record)
         self._bar(trainer, "editing", self._done, self._n, self._note(editor))
         if _talks(trainer) and not self.out.is_terminal and self._n > FEW and tenth < 10 * self._done // self._n:
-            self._line(Text(f"{self._done} of {self._n} edits, {self._seconds / self._done:.2g} s an edit"))
+            self.rows.line(Text(f"{self._done} of {self._n} edits, {self._seconds / self._done:.2g} s an edit"))
 
     def on_edits_evaluated(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
         """A line an edit, where there are few."""
         self._evaluated += len(records)
         if _talks(trainer) and self._n <= FEW:
             for record in records:
-                self._line(edit_line(record, says(record["answer_after"], record["target_new"])))
+                self.rows.line(edit_line(record, says(record["answer_after"], record["target_new"])))
 
     def on_statistics(self, trainer: Trainer, files: Sequence[Path]) -> None:
         """Where they are."""
         self.close()
         if _talks(trainer):
             for file in files:
-                self._line(Text(str(file)))
+                self.rows.line(Text(str(file)))
 
     def on_predictions(self, trainer: Trainer, records: Sequence[Record]) -> None:
         """The texts before and after, with what differs in colour."""
@@ -174,9 +183,9 @@ class Console(EditCallback):
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
             if before != after:
                 same = before.rfind(" ", 0, same + 1) + 1  # whole words
-            self._line(Text(printable(record["prompt"]), "bold"))
-            self._line(Text.assemble("  before  ", before[:same], (before[same:], "red")))
-            self._line(Text.assemble("  after   ", after[:same], (after[same:], "green")))
+            self.rows.line(Text(printable(record["prompt"]), "bold"))
+            self.rows.line(Text.assemble("  before  ", before[:same], (before[same:], "red")))
+            self.rows.line(Text.assemble("  after   ", after[:same], (after[same:], "green")))
 
     def on_stream_end(self, trainer: Trainer, editor: Editor, report: Record) -> None:
         """Warnings, the table, and where everything is."""
@@ -184,7 +193,7 @@ class Console(EditCallback):
         if not trainer.is_global_zero:
             return
         for line in self._warnings():
-            self._line(Text.assemble(("warning: ", "bold yellow"), line))
+            self.rows.line(Text.assemble(("warning: ", "bold yellow"), line))
         if "pre" in report or "post" in report:
             self.out.print(table([(report["editor"], report)], self.out.width))
         self._where(trainer, report)
@@ -222,11 +231,7 @@ class Console(EditCallback):
                 ("speed", f"{self._done / max(self._seconds, 1e-9):.3g} edits a second, without measuring"),
             ]
         for name, value in rows:
-            self._line(Text.assemble((f"{name:<14}", "bold"), value))
-
-    def _line(self, text: Text) -> None:
-        """One line, which the terminal may break but a file keeps whole."""
-        self.out.print(text, soft_wrap=True)
+            self.rows.line(Text.assemble((f"{name:<14}", "bold"), value))
 
 
 def quiet() -> None:
@@ -237,6 +242,7 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    _LINES.setLevel(logging.INFO)
     for name in SAID:
         logging.getLogger(name).setLevel(logging.INFO)
         logging.getLogger(name).addHandler(_LINES)

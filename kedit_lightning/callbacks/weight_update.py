@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import LightningModule, Trainer
 
 from kedit_lightning.callbacks.base import EditCallback
+from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
+from kedit_lightning.edits import Edit
+
+if TYPE_CHECKING:
+    from kedit_lightning.trainer import EditTrainer
 
 
 class WeightUpdate(EditCallback):
     """Drives `Editor.write`: each Δ is added to the weights before the next is asked for.
 
     Lightning has moved the editor to the CPU by then; the base model, a plain object, is still where it was. What was
-    added is kept in ``deltas`` until the trainer commits the edit batch.
+    added is kept until all passes of the edit batch are over.
     """
 
     def __init__(self) -> None:
         self.deltas: list[WeightDelta] = []
+
+    def edit(
+        self, editor: Editor, datamodule: EditDataModule, batch: list[Edit], fit: Callable[[], None]
+    ) -> list[WeightDelta]:
+        """Edit one batch: all its passes.
+
+        Args:
+            editor: The editor.
+            datamodule: What streams the batch to it.
+            batch: The edits.
+            fit: Runs one `Trainer.fit`.
+
+        Returns:
+            The updates, in the order in which they were added.
+        """
+        datamodule.current, self.deltas = batch, []
+        for pass_ in range(len(editor.passes())):
+            editor.begin(batch, pass_)
+            fit()
+        deltas, self.deltas = self.deltas, []
+        return deltas
 
     @torch.no_grad()
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,9 +65,5 @@ class WeightUpdate(EditCallback):
             for delta in updates:
                 pl_module.base.write(delta.name, delta.update)
                 self.deltas.append(delta)
+                cast("EditTrainer", trainer).tell("on_update_written", pl_module, delta)
         pl_module.settle()
-
-    def take(self) -> list[WeightDelta]:
-        """The updates added since the last call."""
-        deltas, self.deltas = self.deltas, []
-        return deltas

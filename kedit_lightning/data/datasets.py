@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kedit_lightning.data.files import as_object, numbered, read
+from kedit_lightning.data.protocols import question
 from kedit_lightning.data.records import Record, edit_from_record, edit_from_zsre, snippets_from_record
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import DataError
@@ -254,11 +255,10 @@ def _collect(
         if edit is None:
             left_out["had no alternative answer"] += 1
             continue
-        key = (edit.subject.lower(), edit.relation_id or edit.prompt)
-        if drop_conflicts and key in seen:
+        if drop_conflicts and question(edit) in seen:
             left_out["conflicted with an earlier one"] += 1
             continue
-        seen.add(key)
+        seen.add(question(edit))
         edits.append(edit)
         if len(edits) == size:
             break

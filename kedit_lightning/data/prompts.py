@@ -29,7 +29,7 @@ class ContextTemplates:
 
     Args:
         scheme: ``rome``: one flat list, started from the start token alone; ``memit``: the bare template and a group of
-            one prefix for each of five start words, ten tokens each.
+            one prefix for each of five start words, ten tokens each; null: the editor's own.
         context_template_length_params: For ``rome``: pairs (total length in tokens, start token included; how many).
         templates: Templates to use instead, in groups; each holds one ``{}`` and the first is ``{}``.
         exclude: Prefixes that contain this word are dropped (TOP's released code: ``import``).
@@ -39,7 +39,7 @@ class ContextTemplates:
         DataError: A length leaves no token after the start token, or a number of prefixes is below 1.
     """
 
-    scheme: Literal["rome", "memit"] = "rome"
+    scheme: Literal["rome", "memit"] | None = None
     context_template_length_params: list[tuple[int, int]] = field(default_factory=lambda: [(5, 10), (10, 10)])
     templates: list[list[str]] | None = None
     exclude: str | None = None

@@ -45,11 +45,18 @@ def protocol_name(edits: int, batch_size: int, restore_every: int | None) -> str
     return f"{-(-edits // batch_size)} batches of {up_to}{batch_size}, {kept}"
 
 
+def question(edit: Edit) -> tuple[str, str]:
+    """What two edits have in common that ask one question: the subject, in whatever case, and the relation.
+
+    Where no relation is given it is the same prompt.
+    """
+    return edit.subject.lower(), edit.relation_id or edit.prompt
+
+
 def without_conflicts(edits: Sequence[Edit], batch_size: int, on_conflict: OnConflict) -> list[Edit]:
     """The edits of a stream of which no two in one batch want different answers to one question.
 
-    One question: the same subject, in whatever case, and the same relation, where a relation is missing the same
-    prompt. Two edits towards the same answer do not contradict each other and are both kept.
+    Two edits towards the same answer do not contradict each other and are both kept.
 
     Args:
         edits: The stream.
@@ -73,7 +80,7 @@ def without_conflicts(edits: Sequence[Edit], batch_size: int, on_conflict: OnCon
         if len(batch) == batch_size:
             kept += batch.values()
             batch, asked = {}, {}
-        same = asked.setdefault((edit.subject.lower(), edit.relation_id or edit.prompt), [])
+        same = asked.setdefault(question(edit), [])
         if same and batch[same[0]].target_new != edit.target_new:
             conflicts.append([*(batch.pop(earlier) for earlier in same), edit])
             same.clear()

@@ -34,6 +34,9 @@ class AlphaEdit(MEMIT):
         shared: MEMIT's settings but λ, and the settings of every editor, see `Editor`.
     """
 
+    kept_matrices = 2
+    """U and M."""
+
     def __init__(
         self, base: LanguageModel, layers: list[int], nullspace_threshold: float = 2e-2, L2: float = 10.0, **shared: Any
     ) -> None:
@@ -41,6 +44,12 @@ class AlphaEdit(MEMIT):
         at_least(1e-12, nullspace_threshold=nullspace_threshold, L2=L2)
         self.nullspace_threshold, self.L2 = nullspace_threshold, L2
         self.forget()
+
+    def prepare(self) -> None:
+        """Also the null space of every layer: better now than after the values."""
+        super().prepare()
+        for moment in self.moments.values():
+            moment.null_space(self.nullspace_threshold, self.base.device)
 
     def write(self) -> Generator[WeightDelta, None, None]:
         """MEMIT's layers; then the keys of all of them, read on the edited model, are remembered."""

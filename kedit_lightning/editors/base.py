@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -57,6 +57,11 @@ class Editor(StagedTraining):
         KeditError: A setting is out of range or contradicts another.
     """
 
+    scheme: Literal["rome", "memit"] = "rome"
+    """How context templates are sampled where their settings leave it open."""
+    kept_matrices = 0
+    """How many k × k matrices an edited layer keeps in main memory from batch to batch, beside its second moment."""
+
     def __init__(
         self,
         base: LanguageModel,
@@ -78,7 +83,7 @@ class Editor(StagedTraining):
         self.save_hyperparameters(ignore=["base"], logger=False)
         self.layers = [base.check_layer(layer) for layer in ascending(layers=layers)]
         at_least(0, v_weight_decay=v_weight_decay, kl_factor=kl_factor)
-        at_least(1, v_num_grad_steps=v_num_grad_steps, max_tokens=max_tokens or 1)
+        at_least(1, v_num_grad_steps=v_num_grad_steps, max_tokens=1 if max_tokens is None else max_tokens)
         at_least(1e-12, v_lr=v_lr, clamp_norm_factor=clamp_norm_factor)
         if mom2_adjustment and statistics is None:
             msg = (
@@ -89,7 +94,8 @@ class Editor(StagedTraining):
         self.v_num_grad_steps = v_num_grad_steps
         self.v_weight_decay, self.clamp_norm_factor, self.kl_factor = v_weight_decay, clamp_norm_factor, kl_factor
         self.statistics = statistics if mom2_adjustment and statistics else Statistics("identity")
-        self.context_templates = context_templates or ContextTemplates()
+        templates = context_templates or ContextTemplates()
+        self.context_templates = replace(templates, scheme=templates.scheme or self.scheme)
         self.preset, self.max_tokens = preset, max_tokens
         self._forward = SuffixForward if forward == "suffix" else FullForward
         self.templates: list[list[str]] = []
@@ -121,6 +127,11 @@ class Editor(StagedTraining):
         """The layer that `locate` starts from, a pass an entry; one pass by default."""
         return self.layers[-1:]
 
+    @property
+    def separate_targets(self) -> bool:
+        """Whether targets are tokenised on their own, as most released codes do."""
+        return self.preset == "released"
+
     def sites(self) -> list[Site]:
         """Where weights are edited and keys are read."""
         return [Site(layer, "mlp") for layer in self.layers]
@@ -147,9 +158,8 @@ class Editor(StagedTraining):
             KeditError: There are more edits than memory for their keys and values.
         """
         if pass_ == 0:
-            require(self.base, self.sites(), len(edits))
-            separate = self.preset == "released"
-            self.parts = Parts(self.base, edits, self.templates, self.budget, separate=separate)
+            require(self.base, self.sites(), len(edits), self.kept_matrices)
+            self.parts = Parts(self.base, edits, self.templates, self.budget, separate=self.separate_targets)
             self.edits, self.outcomes, self.memory = edits, [], {}
         self.pass_, self.layer = pass_, self.passes()[pass_]
         self.deltas = nn.ModuleList()

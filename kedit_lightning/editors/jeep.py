@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal
 
-from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.base import Editor, Preset, Spread, ascending, at_least
 from kedit_lightning.editors.stages import Loss, Stage, ValueDelta, likely
@@ -27,8 +26,7 @@ class JEEP(Editor):
 
     As in the released code a weight decay is ``‖δ‖/‖v₀‖²``, the KL sits at the subject's last token of "{subject} is a"
     (Eq. 11 puts it on the edit prompt: ``kl_prompt: edit``), and keys are means over groups of templates. The paper's
-    high site is the MLP. ``preset: released`` adds δ* to the attention's output and writes it into the MLP, and
-    tokenises targets on their own.
+    high site is the MLP. ``preset: released`` adds δ* to the attention's output and writes it into the MLP.
 
     The rows of Table 4: ``optimize: high`` (w/o δ′ & Step2), ``optimize: low`` (w/o δ* & Step3), ``rewrite: high`` (w/o
     Step2), ``rewrite: low`` (w/o Step3), ``joint: false`` (separate optimisation), ``spread_low: even``, ``high_site:
@@ -55,10 +53,11 @@ class JEEP(Editor):
         high_site: What δ* is added to; null: the MLP's output, with ``preset: released`` the attention's.
         high_rewrite: Which weights of the high layers are written.
         kl_prompt: Where the KL is taken: on "{subject} is a" or on the bare edit prompt.
-        context_templates: Texts put before the prompts; by default the bare prompt and five sampled ones in two groups.
         preset: ``paper``, or ``released`` to follow the authors' code where it differs.
         shared: The settings of every editor, see `Editor`.
     """
+
+    scheme = "memit"
 
     def __init__(
         self,
@@ -82,7 +81,6 @@ class JEEP(Editor):
         high_site: HighPart | None = None,
         high_rewrite: HighPart = "mlp",
         kl_prompt: Literal["essence", "edit"] = "essence",
-        context_templates: ContextTemplates | None = None,
         preset: Preset = "paper",
         **shared: Any,
     ) -> None:
@@ -101,7 +99,6 @@ class JEEP(Editor):
             v_weight_decay=v_weight_decay_low,
             clamp_norm_factor=clamp_norm_factor_low,
             kl_factor=kl_factor_low,
-            context_templates=context_templates or ContextTemplates("memit"),
             preset=preset,
             **shared,
         )
@@ -119,6 +116,11 @@ class JEEP(Editor):
         """One pass, or one a region where they are not joint."""
         last = {"low": self.layers_low[-1], "high": self.layers_high[-1]}
         return [last[region] for region in (self.optimized[-1:] if self.joint else self.optimized)]
+
+    @property
+    def separate_targets(self) -> bool:
+        """Never: the released code, too, drops the lone space that SentencePiece puts before a target by itself."""
+        return False
 
     def sites(self) -> list[Site]:
         """Where the regions that are rewritten are edited."""

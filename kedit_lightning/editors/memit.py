@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.base import Editor, Spread, at_least
 from kedit_lightning.editors.stages import Stage, below
@@ -30,9 +29,10 @@ class MEMIT(Editor):
         mom2_update_weight: λ, the weight of the second moment against the sum over the edits.
         spread: How the residual is shared over the layers: ``even``, or ``sqrt`` for more in the lower ones.
         stop: The stage ends for an edit when its loss is below this.
-        context_templates: Texts put before the prompts; by default the bare prompt and five sampled ones in two groups.
         shared: The settings of every editor, see `Editor`.
     """
+
+    scheme = "memit"
 
     def __init__(
         self,
@@ -41,10 +41,9 @@ class MEMIT(Editor):
         mom2_update_weight: float = 15000,
         spread: Spread = "even",
         stop: float = 5e-2,
-        context_templates: ContextTemplates | None = None,
         **shared: Any,
     ) -> None:
-        super().__init__(base, layers, context_templates=context_templates or ContextTemplates("memit"), **shared)
+        super().__init__(base, layers, **shared)
         at_least(1e-12, mom2_update_weight=mom2_update_weight)
         self.mom2_update_weight, self.rule, self.stop = mom2_update_weight, spread, stop
 

@@ -39,7 +39,7 @@ class PMET(MEMIT):
         nll_loss_factor: Factor of the NLL.
         rewrite: Weights to write: ``mlp``, or ``both`` for the attention too.
         spread: How the residual is shared over the layers.
-        shared: ``stop`` and ``context_templates`` of MEMIT, and the settings of every editor, see `Editor`.
+        shared: ``stop`` of MEMIT, and the settings of every editor, see `Editor`.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,25 +9,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from safetensors import SafetensorError
-from torch import Tensor, distributed
+from torch import Tensor
 
 from kedit_lightning.edits import Site
-from kedit_lightning.errors import KeditError, StatisticsError
 from kedit_lightning.interrupts import interrupts_passed_on
-from kedit_lightning.models import moment_files
 from kedit_lightning.models.convergence import Convergence
 from kedit_lightning.models.packing import KeyReader
+from kedit_lightning.models.processes import agreed, ranks
 from kedit_lightning.models.progress import Step, steps
 from kedit_lightning.models.quiet import quiet
-from kedit_lightning.models.second_moment import SecondMoment
+from kedit_lightning.models.sums import Sums
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 BATCHES = 8
 """Batches of a round, for each process."""
@@ -102,10 +97,7 @@ class KeyPass(LightningModule):
         self.stream = iter(documents)
         widths = {site: reader.base.weight(site).shape[1] for site in reader.sites}
         self.first_doubling = max(widths.values())
-        self.moments = {site: SecondMoment(width, dtype) for site, width in widths.items()}
-        self.documents = self.tokens = 0
-        self.enough = False
-        self.convergence = Convergence({})
+        self.sums = Sums(widths, dtype)
         self.held_out: list[Tensor] = []
         self._step: Step = lambda *_: None
         self._kept_at, self._cost = time.monotonic(), 0.0
@@ -119,11 +111,13 @@ class KeyPass(LightningModule):
         self._hold_out()
         if not self.reader.try_packing(self.held_out) and len(self.held_out) > 1:
             log.info("One document a row: this model gives other keys to documents that share a row.")
-        self._resume()
+        self.sums.resume(self.partial)
+        next(islice(self.stream, self.sums.documents, self.sums.documents), None)
+        self._started, self._resumed = time.monotonic(), self.sums.tokens
 
     def test_dataloader(self) -> Iterator[Round]:
         """The rounds, the held-out documents last. Lightning asks for one ahead of the step."""
-        seen = self.tokens
+        seen = self.sums.tokens
         while documents := list(islice(self.stream, 1)):
             doubling = self.first_doubling
             while doubling <= seen:
@@ -134,7 +128,7 @@ class KeyPass(LightningModule):
                 documents.append(more)
                 seen += self._count([more])
             yield Round(documents, seen - start, doubling=seen >= doubling)
-            if self.enough:
+            if self.sums.enough:
                 break
         yield Round(self.held_out, self._count(self.held_out), last=True)
 
@@ -144,16 +138,16 @@ class KeyPass(LightningModule):
 
     def test_step(self, round_: Round, batch_idx: int) -> None:
         """Add the keys of a round's documents."""
-        if self.enough and not round_.last:
+        sums, (rank, processes) = self.sums, ranks()
+        if sums.enough and not round_.last:
             return
-        rank, processes = ranks()
-        done = self.tokens
+        done = sums.tokens
         for rows in self.reader.batches(round_.documents)[rank::processes]:
             for site, keys in self.reader.read(rows).items():
-                self.moments[site].update(keys)
+                sums.moments[site].update(keys)
             done += processes * sum(self._count(row) for row in rows)
-            self._show(min(done, self.tokens + round_.tokens))
-        self.documents, self.tokens = self.documents + len(round_.documents), self.tokens + round_.tokens
+            self._show(min(done, sums.tokens + round_.tokens))
+        sums.documents, sums.tokens = sums.documents + len(round_.documents), sums.tokens + round_.tokens
         if not round_.last:
             self._between(round_)
 
@@ -180,22 +174,15 @@ class KeyPass(LightningModule):
             steps("second moments, tokens", watched=ranks()[0] == 0 and trainer.is_global_zero) as self._step,
         ):
             trainer.test(self, verbose=False)
-        sums = {}
-        for site in list(self.moments):
-            moment = self.moments.pop(site)
-            if ranks()[1] > 1:
-                for state in self._on_device(moment):
-                    distributed.all_reduce(state)
-            sums[site] = moment.moment.cpu(), int(moment.count)
-        return sums
+        return self.sums.take(self.reader.base.device)
 
     def _count(self, documents: Sequence[Tensor]) -> int:
         return sum(len(ids) - self.reader.skip for ids in documents)
 
     def _show(self, done: int) -> None:
         total, documents = self.extent.tokens, self.extent.documents
-        if total is None and documents and self.documents:  # as long as those before
-            total = max(done, round(self.tokens / self.documents * documents))
+        if total is None and documents and self.sums.documents:  # as long as those before
+            total = max(done, round(self.sums.tokens / self.sums.documents * documents))
         seconds = time.monotonic() - self._started
         rate = (done - self._resumed) / max(seconds, 1e-9)
         self._step(done, total, f"{rate:,.0f} tokens/s")
@@ -209,96 +196,27 @@ class KeyPass(LightningModule):
         every = max(1, self._count(self.held_out) // HELD_OUT)
         parts = [self.reader.read(rows) for rows in self.reader.batches(self.held_out)]
         spread = {site: [part[site][::every] for part in parts] for site in self.reader.sites}
-        self.convergence = Convergence({site: torch.cat(keys)[:HELD_OUT] for site, keys in spread.items()})
+        self.sums.convergence = Convergence({site: torch.cat(keys)[:HELD_OUT] for site, keys in spread.items()})
 
     def _between(self, round_: Round) -> None:
         """Between two rounds: read convergence off at a doubling; keep what there is every now and then."""
         since = time.monotonic() - self._kept_at
         # Not where writing takes longer than counting again would.
-        keep = _agreed(self.partial is not None and since > (self._cost if round_.doubling else KEEP_EVERY))
+        keep = agreed(self.partial is not None and since > (self._cost if round_.doubling else KEEP_EVERY))
         if not (keep or round_.doubling):
             return
-        self._gather()
+        self.sums.gather(self.reader.base.device)
         if round_.doubling:
-            self._read_off()
+            self.sums.read_off(self.extent.tolerance)
         if keep:
             self._keep()
 
-    def _gather(self) -> None:
-        """Add the sums of all processes into those of the first."""
-        rank, processes = ranks()
-        if processes > 1:
-            for moment in self.moments.values():
-                for state in self._on_device(moment):
-                    distributed.reduce(state, dst=0)
-                    if rank:
-                        state.zero_()
-
-    def _on_device(self, moment: SecondMoment) -> tuple[Tensor, Tensor]:
-        """The states where processes can add them: a process that had no keys yet has them elsewhere."""
-        moment.moment, moment.count = (state.to(self.reader.base.device) for state in (moment.moment, moment.count))
-        return moment.moment, moment.count
-
-    def _read_off(self) -> None:
-        """Print the relative change of ``C⁻¹ k``, and end the count if it is within the tolerance."""
-        enough = False
-        if ranks()[0] == 0:
-            found = {  # compute() would ask the other processes
-                site: self.convergence.update(site, moment.moment / moment.count, self.tokens)
-                for site, moment in self.moments.items()
-            }
-            changes = {site: change for site, change in found.items() if change is not None}
-            if changes:
-                worst = max(changes, key=lambda site: changes[site])
-                enough = len(changes) == len(found) and changes[worst] <= (self.extent.tolerance or 0.0)
-                what = f"relative change of C⁻¹k on {len(self.convergence.keys[worst])} held-out keys"
-                within = f"; within {self.extent.tolerance:g}, enough" if enough else ""
-                log.info("%d tokens: %s %.2g (layer %d)%s.", self.tokens, what, changes[worst], worst.layer, within)
-        self.enough = _agreed(enough)
-
-    # ------------------------------------------------------------------ after a kill
-
     def _keep(self) -> None:
-        """Keep sums and convergence in the partial file, as far as there is room for it."""
         started = time.monotonic()
-        if ranks()[0] == 0 and self.partial is not None:
-            tensors = {}
-            for i, (site, moment) in enumerate(self.moments.items()):
-                tensors[f"moment.{i}"] = moment.moment.cpu()
-                if site in self.convergence.before:
-                    tensors[f"solved.{i}"] = self.convergence.before[site].cpu()
-            changes = [self.convergence.changes[site] for site in self.moments]
-            state = {"documents": self.documents, "tokens": self.tokens, "enough": self.enough, "changes": changes}
-            try:
-                moment_files.save_partial(self.partial, tensors, {"state": json.dumps(state)})
-            except (KeditError, SafetensorError) as error:
-                log.warning("Cannot keep partial sums: %s. Going on; a kill would cost the whole pass.", error)
-                self.partial = None
+        if ranks()[0] == 0 and self.partial is not None and not self.sums.keep(self.partial):
+            self.partial = None
         self._kept_at = time.monotonic()
         self._cost = self._kept_at - started
-
-    def _resume(self) -> None:
-        """Take up a partial file: its sums in the first process, where it stood in all of them."""
-        found = None
-        try:
-            found = moment_files.load_partial(self.partial) if self.partial and ranks()[0] == 0 else None
-        except StatisticsError as error:
-            log.warning("%s. The pass starts from its beginning.", error)
-        state = {}
-        if found:
-            tensors, about = found
-            state = json.loads(about["state"])
-            for i, (site, moment) in enumerate(self.moments.items()):
-                moment.moment, moment.count = tensors[f"moment.{i}"], torch.tensor(state["tokens"])
-                if f"solved.{i}" in tensors:
-                    self.convergence.before[site] = tensors[f"solved.{i}"]
-                self.convergence.changes[site] = {int(n): change for n, change in state["changes"][i].items()}
-            log.info("Going on at %d tokens, where a pass was stopped.", state["tokens"])
-        state = _agreed(state)
-        self.documents, self.tokens = state.get("documents", 0), state.get("tokens", 0)
-        self.enough = state.get("enough", False)
-        next(islice(self.stream, self.documents, self.documents), None)
-        self._started, self._resumed = time.monotonic(), self.tokens
 
 
 def _trainer(accelerator: str, devices: int) -> Trainer:
@@ -316,22 +234,6 @@ def _trainer(accelerator: str, devices: int) -> Trainer:
             # Buffers that a model makes in its forward pass must remain usable in training.
             inference_mode=False,
         )
-
-
-def ranks() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _agreed(value: T) -> T:
-    """The first process's value, in all of them."""
-    if ranks()[1] == 1:
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def _without_tips() -> AbstractContextManager[None]:

@@ -39,16 +39,17 @@ def token_budget(base: LanguageModel) -> int:
     return max(1, int(SHARE * free_memory(base.device) / token))
 
 
-def require(base: LanguageModel, sites: Sequence[Site], n: int) -> None:
+def require(base: LanguageModel, sites: Sequence[Site], n: int, kept: int = 0) -> None:
     """Refuse, before anything is done, more edits than main memory holds keys and values for.
 
-    A layer is written with three k × k matrices and, an edit, three keys and four values, all in float64.
+    A layer is written with three k × k matrices and, an edit, three keys and four values, all in float64; ``kept`` more
+    matrices of that size stay in memory for each.
 
     Raises:
         KeditError: It takes more than is free; the message says for how many edits there is room.
     """
     shapes = [base.weight(site).shape for site in sites]
-    fixed = max(8 * 3 * k * k for _, k in shapes)
+    fixed = max(8 * 3 * k * k for _, k in shapes) + sum(8 * kept * k * k for _, k in shapes)
     each = max(8 * (3 * k + 4 * d) for d, k in shapes)
     free = free_memory(torch.device("cpu"))
     if fixed + n * each > free:

@@ -1,8 +1,7 @@
-"""Statistics of keys over documents: what to take them from, and the files that keep them."""
+"""Statistics of keys over documents: what to take them from, found again or computed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -12,19 +11,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import distributed
 
 from kedit_lightning import __version__
-from kedit_lightning.cache import cache_dir
 from kedit_lightning.edits import Site
-from kedit_lightning.errors import KeditError, StatisticsError
+from kedit_lightning.errors import StatisticsError
 from kedit_lightning.models import moment_files
 from kedit_lightning.models.corpora import Corpus, tokenise
 from kedit_lightning.models.fingerprint import fingerprint_below
-from kedit_lightning.models.key_pass import Extent, KeyPass, ranks
+from kedit_lightning.models.key_pass import Extent, KeyPass
 from kedit_lightning.models.language_model import LanguageModel
+from kedit_lightning.models.moment_cache import About, MomentCache
 from kedit_lightning.models.packing import ForwardDtype, KeyReader
+from kedit_lightning.models.processes import of_all, ranks
 from kedit_lightning.models.second_moment import Identity, KeyStatistics, SecondMoment
 
 __all__ = ["KeyStatistics", "SecondMoment", "Statistics", "compute"]
@@ -127,7 +126,7 @@ class Statistics:
     def files(self, base: LanguageModel, sites: Sequence[Site]) -> dict[Site, Path]:
         """Where the computed statistics of sites are kept, or would be."""
         names = {site: base.name(site).removesuffix(".weight") for site in sites}
-        return {site: self._path(about) for site, about in self._about(base, names).items()}
+        return {site: self._cache.path(about) for site, about in self._about(base, names).items()}
 
     def _computed(
         self,
@@ -138,15 +137,9 @@ class Statistics:
         devices: int,
     ) -> dict[Site, moment_files.Moment]:
         about = self._about(base, names)
-        found = {}
-        for site in names:
-            path = self._path(about[site])
-            try:
-                if path.is_file():
-                    found[site] = moment_files.load(path, names[site], widths[site], about[site]["model"])
-            except StatisticsError as error:
-                log.warning("%s. It is computed again.", error)
-        missing = _missing_anywhere([site for site in names if site not in found])
+        kept = {site: self._cache.load(about[site], widths[site]) for site in names}
+        found = {site: moment for site, moment in kept.items() if moment is not None}
+        missing = of_all([site for site in names if site not in found])  # so that all processes do the same pass
         if missing:
             found |= self._pass(base, missing, about, accelerator, devices)
         return {site: found[site] for site in names}
@@ -155,7 +148,7 @@ class Statistics:
         self,
         base: LanguageModel,
         sites: list[Site],
-        about: dict[Site, dict[str, str]],
+        about: dict[Site, About],
         accelerator: str | None,
         devices: int,
     ) -> dict[Site, moment_files.Moment]:
@@ -168,21 +161,20 @@ class Statistics:
         if (first := next(documents, None)) is None:
             msg = f"{self.source}: expected documents with more than {skip} tokens, got none"
             raise StatisticsError(msg)
-        log.info("Second moments of %d layers over %s.", len(sites), self.source)
+        layers = "1 layer" if len(sites) == 1 else f"{len(sites)} layers"
+        log.info("Second moments of %s over %s.", layers, self.source)
         reader = KeyReader(base, sites, self.batch_tokens, skip, self.forward_dtype)
-        partial = self._home / f"partial_{_key([about[site] for site in sites])}.safetensors"
+        partial = self._cache.partial([about[site] for site in sites])
         dtype = getattr(torch, self.mom2_dtype)
         one_pass = KeyPass(reader, chain([first], documents), extent, dtype, partial, place=accelerator is not None)
-        sums = one_pass.run(accelerator or "cpu", devices)
-        ended = extent.tokens is not None and not one_pass.enough and one_pass.tokens < extent.tokens
+        moments, sums = one_pass.run(accelerator or "cpu", devices), one_pass.sums
+        ended = extent.tokens is not None and not sums.enough and sums.tokens < extent.tokens
         if ended:
-            log.warning("%s holds %d tokens, fewer than the %d asked for.", self.source, one_pass.tokens, extent.tokens)
+            log.warning("%s holds %d tokens, fewer than the %d asked for.", self.source, sums.tokens, extent.tokens)
         found = {}
-        for site, (moment, count) in sums.items():
-            extra = {
-                "documents_read": str(one_pass.documents),
-                "convergence": json.dumps(one_pass.convergence.changes[site]),
-            }
+        for site, (moment, count) in moments.items():
+            changes = json.dumps(sums.convergence.changes[site])
+            extra = {"documents_read": str(sums.documents), "convergence": changes}
             found[site] = self._keep(about[site], moment, count, extra)
         if ranks()[0] == 0:
             partial.unlink(missing_ok=True)
@@ -190,28 +182,27 @@ class Statistics:
             distributed.barrier()  # the files are there for every process
         return found
 
-    def _keep(
-        self, about: dict[str, str], moment: torch.Tensor, count: int, extra: dict[str, str]
-    ) -> moment_files.Moment:
+    def _keep(self, about: About, moment: torch.Tensor, count: int, extra: About) -> moment_files.Moment:
         """Check a new sum, save it once for all processes, and give C."""
-        module = about["module"]
         if not moment.isfinite().all():
-            msg = f"the keys of {module} are not finite in {about['weights']}: load the model in float32 or bfloat16"
+            module, dtype = about["module"], about["weights"]
+            msg = f"the keys of {module} are not finite in {dtype}: load the model in float32 or bfloat16"
             raise StatisticsError(msg)
         if ranks()[0] == 0:
             extra = {"source": self.source, "count": str(count), "kedit_lightning": __version__, **extra}
-            try:
-                moment_files.save(self._path(about), moment, count, about | extra)
-            except (KeditError, SafetensorError) as error:
-                log.warning("Cannot keep the second moment of %s: %s. Going on without.", module, error)
+            self._cache.save(about, moment, count, extra)
         return moment / count, count
+
+    @property
+    def _cache(self) -> MomentCache:
+        return MomentCache(self.cache_dir)
 
     @property
     def _corpus(self) -> Corpus:
         streaming = self.tokens != "full" if self.streaming is None else self.streaming
         return Corpus(self.source, self.split, self.column, self.n_samples, self.seed, streaming)
 
-    def _about(self, base: LanguageModel, names: dict[Site, str]) -> dict[Site, dict[str, str]]:
+    def _about(self, base: LanguageModel, names: dict[Site, str]) -> dict[Site, About]:
         """For each site everything that changes the answer, in words for the file's header."""
         widest = max(base.weight(Site(0, part)).shape[1] for part in ("attn", "mlp"))
         shared = {
@@ -228,14 +219,6 @@ class Statistics:
         shared |= {name: str(value) for name, value in later.items() if value is not None}
         models = {layer: fingerprint_below(base, layer) for layer in {site.layer for site in names}}
         return {site: {"module": name, "model": models[site.layer], **shared} for site, name in names.items()}
-
-    @property
-    def _home(self) -> Path:
-        return Path(self.cache_dir).expanduser() if self.cache_dir else cache_dir() / "statistics"
-
-    def _path(self, about: dict[str, str]) -> Path:
-        """The file of a site's statistics; its name ends in a hash of everything that changes the answer."""
-        return self._home / f"{about['module']}_{self.mom2_dtype}_mom2_{_key(about)}.safetensors"
 
 
 def compute(
@@ -273,16 +256,3 @@ def compute(
         msg = f"the statistics could not be written: {', '.join(lost)}; make room, or set `statistics.cache_dir`"
         raise StatisticsError(msg)
     return paths
-
-
-def _missing_anywhere(missing: list[Site]) -> list[Site]:
-    """The sites that any process has not found, in one order, so that all processes do the same pass."""
-    if ranks()[1] == 1:
-        return missing
-    everyone: list[list[Site]] = [[] for _ in range(ranks()[1])]
-    distributed.all_gather_object(everyone, missing)
-    return list(dict.fromkeys(site for sites in everyone for site in sites))
-
-
-def _key(about: dict[str, str] | list[dict[str, str]]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]

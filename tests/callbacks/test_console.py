@@ -14,12 +14,15 @@ import pytest
 import rich.console
 import torch
 
-from kedit_lightning.callbacks.console import Console, quiet
+from kedit_lightning.callbacks import rows
+from kedit_lightning.callbacks.console import SAID, Console, quiet
 from kedit_lightning.errors import KeditError
+from kedit_lightning.models.progress import DISPLAY
 from kedit_lightning.report import cell, show, table
 
 PROTOCOL = {"dtype": "float32", "base": "almanac", "dataset": "almanac", "batch_size": 1, "restore_every": 1}
-EDITOR: Any = SimpleNamespace(outcomes=[SimpleNamespace(curves=[{"nll": torch.tensor([1.25])}])])
+LOSS = SimpleNamespace(curves=[{"nll": torch.tensor([1.25])}])
+EDITOR: Any = SimpleNamespace(outcomes=[LOSS], edits=[None], pass_=0, passes=lambda: [3], optimised=0)
 
 
 def summary(mean: float, ci95: float = 0.02) -> dict[str, float]:
@@ -64,6 +67,7 @@ def stream(
         part = records[start : start + group]
         for each in part:
             console.on_train_batch_end(fake, EDITOR, None, None, 0)
+            console.on_train_end(fake, EDITOR)
             console.on_edits_committed(fake, EDITOR, [each])
         console.on_evaluation_start(fake, "after", len(part))
         console.on_evaluation_progress(fake, len(part))
@@ -86,6 +90,90 @@ def test_many_edits_have_none() -> None:
     text = stream([record(i) for i in range(40)], group=10)
     assert "✓" not in text
     assert "20 of 40 edits, 0.5 s an edit\n" in text
+
+
+def mass_edit(*, terminal: bool, passes: int = 1, **trainer: Any) -> str:
+    """What is written while a batch of 40 edits is made in four parts and two layers, without control characters."""
+    file = io.StringIO()
+    console = Console(rich.console.Console(file=file, width=100, force_terminal=terminal, highlight=False))
+    console.rows.live = terminal
+    fake: Any = SimpleNamespace(is_global_zero=True, show_progress=True)
+    fake.__dict__.update(trainer)
+    editor: Any = SimpleNamespace(**vars(EDITOR) | {"edits": [None] * 40})
+    editor.passes, editor.sites = lambda: list(range(passes)), lambda: list(range(2))
+    console.on_stream_start(fake, editor, 40)
+    for editor.pass_ in range(passes):
+        for editor.optimised in (0, 10, 20, 30, 40):
+            nll = torch.full((40,), torch.nan)  # of those that have not been evaluated
+            nll[: editor.optimised + 10] = 0.5
+            editor.outcomes = [SimpleNamespace(curves=[{"nll": nll}])]
+            console.on_train_batch_end(fake, editor, None, None, 0)
+            if console.rows._progress:
+                console.rows._progress.refresh()
+        console.on_train_end(fake, editor)
+        for layer in range(editor.pass_, 2, passes):
+            console.on_update_written(fake, editor, SimpleNamespace(name=f"h.{layer}"))  # type: ignore[arg-type]
+            if console.rows._progress:
+                console.rows._progress.refresh()
+    console.on_edits_committed(fake, editor, [record(i) for i in range(40)])
+    console.close()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n")
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_mass_edit_moves_with_its_parts(passes: int) -> None:
+    text = mass_edit(terminal=True, passes=passes)
+    shown = [int(done) for done in re.findall(r"editing .* (\d+)/40 ", text)]
+    assert shown == sorted(shown)
+    assert set(shown) == set(range(0, 41, 10 // passes))
+    assert re.search(r"editing .* 20/40 .*loss 0\.50", text)
+    assert re.search(r"writing weights .* 1/2 ", text)
+    assert re.search(r"✓ writing weights .* 2/2 ", text)
+
+
+def test_a_long_mass_edit_says_something_in_a_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "editing:" not in mass_edit(terminal=False)
+    monkeypatch.setattr(rows, "MINUTE", 0.0)
+    text = mass_edit(terminal=False)
+    assert re.search(r"^editing: 30 of 40 · \d:\d\d:\d\d left · loss 0\.50$", text, re.MULTILINE)
+    assert "writing weights: 1 of 2\n" in text
+    assert "editing:" not in mass_edit(terminal=False, show_progress=False)
+
+
+def test_a_row_that_begins_again_has_a_new_clock() -> None:
+    console = rich.console.Console(file=io.StringIO())
+    clock = iter(range(1000))
+    console.get_time = lambda: float(next(clock))  # type: ignore[method-assign]
+    made = rows.Rows(console)
+    for done in range(4):
+        made.show("writing weights", done, 3)
+    assert made._progress is not None
+    [task] = made._progress.tasks
+    assert task.finished
+    before = task.elapsed or 0.0
+    made.show("writing weights", 0, 3)
+    assert not task.finished
+    assert (task.elapsed or 0.0) < before
+
+
+def test_without_progress_nothing_shows_the_steps_of_statistics(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(rich.console.Console(file=io.StringIO(), force_terminal=True))
+    before = [(logging.getLogger(name), logging.getLogger(name).level) for name in SAID]
+    quiet()
+    for shown in (True, False):
+        console.on_stream_start(SimpleNamespace(is_global_zero=True, show_progress=shown), EDITOR, 1)  # type: ignore[arg-type]
+        display = DISPLAY.get()
+        assert display is not None, "else a terminal has a bar of its own"
+        display("second moments, tokens", 1, 2, "")
+        logging.getLogger(SAID[0]).info("256 tokens")  # bars redirect standard error
+        console.close()
+        written = console.out.file.getvalue() + capsys.readouterr().err  # type: ignore[attr-defined]
+        assert ("second moments" in written) == ("256 tokens" in written) == shown
+        console.out.file = io.StringIO()
+    assert DISPLAY.get() is None
+    for logger, level in before:
+        logger.setLevel(level)
+        logger.handlers.clear()
 
 
 def test_ends_with_table_and_places() -> None:

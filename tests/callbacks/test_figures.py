@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from kedit_lightning.callbacks.figures import Curves, Figures
+from kedit_lightning.callbacks.figures import Curves, Figures, loss_curves
 from kedit_lightning.editors import Outcome
+from kedit_lightning.models import LanguageModel
+from tests.editors.fitting import end_at, fit, make
+from tests.families import EDITS
 
 
 def summary(mean: float, ci95: float = 0.02) -> dict[str, float]:
@@ -31,7 +34,7 @@ def outcome(stage: str, pass_: int, n: int, steps: int) -> Outcome:
     curves = [
         {"nll": torch.rand(n) + 1 / (step + 1), "weight_decay": torch.full((n,), 0.1 * step)} for step in range(steps)
     ]
-    return Outcome(stage, pass_, curves=curves, steps=torch.full((n,), steps))
+    return Outcome(stage, pass_, (), torch.full((n,), steps), torch.full((n,), torch.nan), curves)
 
 
 def draw(path: Path, batches: list[list[Outcome]], report: dict[str, Any], logger: Any = None, **trainer: Any) -> None:
@@ -95,6 +98,30 @@ def test_a_stage_that_ended_early_stays_at_its_last_value() -> None:
     found = Curves([one, two]).gathered()
     assert found["nll"].tolist() == [[4, 5], [2, 4], [2, 3]]
     assert found["loss"].tolist() == [[4, 5], [3, 4], [3, 3]]
+
+
+def test_a_mass_edit_in_parts_has_the_curves_of_one_made_at_once(gpt2_base: LanguageModel, tmp_path: Path) -> None:
+    """Its edits end at different steps."""
+    found: dict[int | None, dict[str, torch.Tensor]] = {}
+    for max_tokens in (None, 1):
+        figures = Figures()
+        figures.on_stream_end = lambda *_: None  # type: ignore[method-assign]
+        editor = make("MEMIT", gpt2_base, max_tokens=max_tokens)
+        end_at(editor, {edit.case_id: 2 + i for i, edit in enumerate(EDITS[:3])})
+        fit(editor, EDITS[:3], tmp_path / str(max_tokens), figures, batch_size=3)
+        assert len(editor.parts) == (1 if max_tokens is None else 3)
+        [curves] = figures.curves.values()
+        found[max_tokens] = curves.gathered()
+    for term, values in found[None].items():
+        assert values.shape == (4, 3)
+        assert values.isfinite().all()
+        torch.testing.assert_close(found[1][term], values, rtol=1e-4, atol=1e-5)
+        for i, last in enumerate((1, 2, 3)):
+            assert (found[1][term][last:, i] == found[1][term][last, i]).all()
+    assert (found[1]["loss"][0] > found[1]["loss"][-1]).all()
+    [axis] = loss_curves(figures.curves).axes
+    drawn = {line.get_label(): torch.tensor(line.get_ydata()) for line in axis.lines}
+    torch.testing.assert_close(drawn["loss (sum)"], found[1]["loss"].mean(dim=1))
 
 
 def test_no_figure_is_left_in_pyplot(tmp_path: Path) -> None:

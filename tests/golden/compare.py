@@ -13,6 +13,7 @@ from torch import Tensor
 QUANTITIES: Mapping[str, str] = {
     "before": r"logits_pre/.*",
     "k*": r"key/k_star_mean|.*/layer_ks",
+    "R": r".*/resid",
     "P": r"P",
     "M": r"cache_c_after_b\d+",
     "u": r"(stage\d/)?left_vector",
@@ -85,7 +86,7 @@ def compare(
             distances.append(
                 Distance(request, rest, quantity, error, "" if found[name].shape == tensor.shape else shapes)
             )
-        elif quantity != "k*":  # keys of single layers are recorded for some editors only
+        elif quantity not in ("k*", "R"):  # those of single layers are recorded for some editors only
             distances.append(Distance(request, rest, quantity, float("inf"), "not found in our run"))
     updated = {split(name)[0] for name in recorded if split(name)[1].startswith("dW/")}
     for name, tensor in found.items():

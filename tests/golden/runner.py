@@ -20,7 +20,7 @@ from kedit_lightning import editors
 from kedit_lightning.callbacks import EditCallback
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.prompts import ContextTemplates
-from kedit_lightning.editors import AlphaEdit, Editor, Loss, Stage
+from kedit_lightning.editors import JEEP, AlphaEdit, Editor, Loss, Stage
 from kedit_lightning.edits import Edit, Site
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.statistics import Statistics
@@ -113,12 +113,13 @@ class Recorder(EditCallback):
         self.positions: dict[str, list[Tensor]] = {}
         self.stages: dict[str, Stage] = {}
         self.keys: dict[Site, Tensor] = {}
+        self.residuals: dict[Site, Tensor] = {}
 
     def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
         """Listen to where and at which losses δs are added, and to the keys that the editor takes."""
         self.before = _parameters(editor.base)
         self._before(editor)
-        forward_from, keys, stages = editor.forward_from, editor.keys, editor.stages
+        forward_from, keys, stages, solve = editor.forward_from, editor.keys, editor.stages, editor.solve
 
         def listening_forward(rows: Any, at: Any, *args: Any, **kwargs: Any) -> Any:
             self.at |= at
@@ -130,6 +131,10 @@ class Recorder(EditCallback):
                 self.keys.setdefault(site, of_site.mean)
             return found
 
+        def listening_solve(site: Site, residual: Tensor, *args: Any) -> Any:
+            self.residuals[site] = residual
+            return solve(site, residual, *args)
+
         def listening_stages() -> Iterator[Stage]:
             for stage in stages():
                 self.stages[stage.name] = stage
@@ -137,6 +142,7 @@ class Recorder(EditCallback):
 
         editor.forward_from = listening_forward  # type: ignore[method-assign]
         editor.keys = listening_keys  # type: ignore[method-assign]
+        editor.solve = listening_solve  # type: ignore[method-assign]
         editor.stages = listening_stages  # type: ignore[method-assign]
 
     def listening_loss(self, editor: Editor, stage: Stage) -> Callable[[], Loss]:
@@ -167,9 +173,11 @@ class Recorder(EditCallback):
             self.before = after
         if len(case_ids) == 1:
             self._keep_factors(trainer, where)
-        for site, keys in self.keys.items():
-            self.result.numbers[f"{where}solve/layer{site.layer}/layer_ks"] = keys.T
-        for kept in (self.steps, self.at, self.positions, self.keys):
+        for name, found in (("layer_ks", self.keys), ("resid", self.residuals)):
+            for site, lines in found.items():
+                region = ("low" if site.layer in editor.layers_low else "high") if isinstance(editor, JEEP) else "solve"
+                self.result.numbers[f"{where}{region}/layer{site.layer}/{name}"] = lines.T
+        for kept in (self.steps, self.at, self.positions, self.keys, self.residuals):
             kept.clear()
         if isinstance(editor, AlphaEdit):
             self._keep_projection(editor)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.families import EDITS, FAMILY_CONFIGS, build, corpus, tokenizer
-from tests.golden import reference
+from tests.golden import mass_reference, reference
 from tests.golden.__main__ import main
 from tests.golden.cases import find, read_json
 from tests.golden.compare import relative
@@ -106,6 +106,99 @@ def test_early_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str], editor: 
     reference.write_case(tmp_path, editor, case.model, model, words, requests, CONTEXTS[:1], hparams, moment)
     evaluations = read_json(tmp_path / f"{editor}_{case.model}.json")["values"]
     assert 1 < evaluations[f"req2{first}"]["n_loss_evaluations"] < 60
+    assert main([str(tmp_path)]) == 0, capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- batches
+
+GROUPS = [["{}"], ["The bells of the valley. {}", "Therefore {}"]]
+NESTED = {"layers": [0, 1], "clamp_norm_factor": 1.5, "v_num_grad_steps": 5, "mom2_update_weight": 3}
+BOTH = NESTED | {"v_lr": 0.2, "kl_factor": 1, "rewrite": "both", "preset": "released"}
+REGIONS: dict[str, Any] = {
+    "layers_low": [0, 1],
+    "layers_high": [2, 3],
+    "v_num_grad_steps": 5,
+    "v_lr": 0.5,
+    "v_weight_decay_low": 0.5,
+    "v_weight_decay_high": 0.3,
+    "clamp_norm_factor_low": 2.0,
+    "clamp_norm_factor_high": 1.0,
+    "kl_factor_low": 0.2,
+    "mom2_update_weight_low": 3,
+    "mom2_update_weight_high": 2,
+    "min_loss": 0.9,
+}
+SQUARES = {"solver": "least_squares", "mom2_update_weight": 3, "layers": [0, 1]}
+MASS: dict[str, tuple[str, dict[str, Any]]] = {
+    "MEMIT": ("MEMIT", HPARAMS | NESTED),
+    "PMET": ("PMET", HPARAMS | BOTH | {"rewrite": "mlp"}),
+    "PMET-both": ("PMET", HPARAMS | BOTH),
+    "PMET-together": ("PMET", HPARAMS | BOTH | {"preset": "paper"}),
+    "AlphaEdit": ("AlphaEdit", HPARAMS | NESTED | {"nullspace_threshold": 0.3, "L2": 0.5}),
+    "JEEP": ("JEEP", REGIONS),
+    "JEEP-paper": ("JEEP", REGIONS | {"preset": "paper"}),
+    "JEEP-Eq11": ("JEEP", REGIONS | {"preset": "paper", "kl_prompt": "edit"}),
+    "ROME-squares": ("ROME", HPARAMS | {"v_num_grad_steps": 5} | SQUARES | {"spread": "sqrt"}),
+    "TOP-squares": ("TOP", HPARAMS | TOP | {"v_num_grad_steps1": 5, "v_num_grad_steps2": 5} | SQUARES),
+}
+"""By EDITOR of the case's file name: the editor and its settings."""
+
+
+def record_batch(folder: Path, stem: str, family: str, kind: str) -> mass_reference.Mass:
+    """Record a batch of two edits, for AlphaEdit two batches, with a random model of a family."""
+    editor, hparams = MASS[stem]
+    model, words = build(family, 3, kind, **FAMILY_CONFIGS[family]), tokenizer(kind)
+    batches = [_requests((1, 5)), _requests((4, 0))][: 2 if editor == "AlphaEdit" else 1]
+    name = f"{family}-{kind}".replace("_", "-")
+    texts = corpus()[:40]
+    return mass_reference.write_case(folder, editor, name, model, words, batches, GROUPS, hparams, texts, stem)
+
+
+KINDS = [("gptj", "byte_bpe"), ("llama", "byte_bpe"), ("llama", "byte_bpe_bos"), ("llama", "spm")]
+QUICK = {
+    "byte_bpe_bos": ("MEMIT", "AlphaEdit"),
+    "spm": ("JEEP", "PMET", "ROME-squares"),
+    "gptj": ("PMET-both", "PMET-together", "AlphaEdit", "JEEP", "JEEP-Eq11", "TOP-squares"),
+}
+"""What is not marked slow, by the family or the kind of tokenizer."""
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "stem"),
+    [
+        pytest.param(
+            *(family, kind, stem),
+            marks=[] if stem in (*QUICK.get(family, ()), *QUICK.get(kind, ())) else pytest.mark.slow,
+        )
+        for family, kind in KINDS
+        for stem in MASS
+    ],
+)
+def test_batches_of_other_families(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, kind: str, stem: str
+) -> None:
+    record_batch(tmp_path, stem, family, kind)
+    assert main([str(tmp_path)]) == 0, capsys.readouterr().out
+
+
+STOPS = {
+    "MEMIT": {"layers": [2, 3], "v_weight_decay": 1e-3, "kl_factor": 0.0, "clamp_norm_factor": 4.0},
+    "PMET": {"v_weight_decay": 1e-3, "kl_factor": 0.02, "v_lr": 0.5, "clamp_norm_factor": 3.0},
+    "JEEP": {},
+}
+
+
+@pytest.mark.parametrize("editor", STOPS)
+def test_early_stop_of_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str], editor: str) -> None:
+    """On the trained tiny GPT-2, whose targets become likely: by loss, by certainty with little KL, by probability."""
+    model = AutoModelForCausalLM.from_pretrained(DATA / "models" / "gpt2-tiny", dtype=torch.float32).eval()
+    words = AutoTokenizer.from_pretrained(DATA / "models" / "gpt2-tiny")
+    requests = read_json(DATA / "requests.json")["requests"]
+    hparams = MASS[editor][1] | {"v_num_grad_steps": 40} | STOPS[editor]
+    batches, texts = [[requests[2], requests[0]]], corpus()[:40]
+    groups = GROUPS[:1] if editor == "MEMIT" else GROUPS  # in context it stays too unlikely
+    slow = mass_reference.write_case(tmp_path, editor, "gpt2-tiny", model, words, batches, groups, hparams, texts)
+    assert 1 < slow.values["req2"]["n_loss_evaluations"] < 40
     assert main([str(tmp_path)]) == 0, capsys.readouterr().out
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from kedit_lightning.callbacks.console import quiet
+from kedit_lightning.callbacks.console import SAID, quiet
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import StatisticsError
 from kedit_lightning.models import LanguageModel, key_pass, moment_files
@@ -315,7 +316,7 @@ def test_a_damaged_partial_file_is_left_aside(
     flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
     partial.write_bytes({"truncated": whole[:-500], "one bit": flipped, "garbage": b"x"}[damage])
     found = statistics.second_moments(gpt2_base, SITES)[SITES[0]]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert sum(record.levelno >= logging.WARNING for record in caplog.records) == 1
     assert "starts from its beginning" in caplog.text
     assert found.count == sum(map(len, ids(gpt2_base, DOCUMENTS)))
 
@@ -335,6 +336,53 @@ def test_no_room_for_partial_sums_is_one_warning(
     assert sum("Cannot keep partial sums" in line for line in warned) == 1
     assert found[SITES[0]].count == sum(map(len, ids(gpt2_base, DOCUMENTS)))
     assert list(Path(str(statistics.cache_dir)).iterdir()) == []
+
+
+def _one_of_two(rank: int, folder: str, statistics: Statistics, victim: int | None) -> None:
+    """One of two processes that do a pass together; the victim dies after its fifth round."""
+    torch.set_num_threads(1)
+    key_pass.KEEP_EVERY, key_pass.BATCHES = 0.0, 1
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet_{victim}", rank=rank, world_size=2)
+    between, rounds = KeyPass._between, []
+
+    def dying(self: KeyPass, round_: Any) -> None:
+        between(self, round_)
+        rounds.append(len(round_.documents))
+        if len(rounds) == 5 and rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    KeyPass._between = dying  # type: ignore[method-assign]
+    found = statistics.second_moments(tiny_base("gpt2"), SITES)
+    sums = {str(i): found[site].mean for i, site in enumerate(SITES)}
+    save_file(sums | {"read": torch.tensor(sum(rounds))}, f"{folder}/rank{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_processes_go_on_where_one_was_killed(
+    gpt2_base: LanguageModel, statistics: Statistics, tmp_path: Path, victim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is ended by whoever started both, as torchrun does."""
+    with pytest.raises(torch.multiprocessing.ProcessExitedException) as killed:
+        torch.multiprocessing.spawn(_one_of_two, (str(tmp_path), statistics, victim), nprocs=2)
+    assert killed.value.exit_code == -signal.SIGKILL
+    [partial] = Path(str(statistics.cache_dir)).glob("partial_*.safetensors")
+    _, about = moment_files.load_partial(partial) or ({}, {})
+    stood = json.loads(about["state"])["documents"]
+    assert stood > 0
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path), statistics, None), nprocs=2)
+    assert not partial.exists()
+    monkeypatch.setattr(key_pass, "BATCHES", 2)  # the same rounds in one process
+    whole = replace(statistics, cache_dir=str(tmp_path / "whole")).second_moments(gpt2_base, SITES)
+    for rank in range(2):
+        resumed = load_file(tmp_path / f"rank{rank}.safetensors")
+        assert 0 < resumed["read"] < len(DOCUMENTS) - stood  # the held-out documents come last, by themselves
+        for i, site in enumerate(SITES):
+            torch.testing.assert_close(resumed[str(i)], whole[site].mean, rtol=1e-9, atol=1e-12)
+    for path in statistics.files(gpt2_base, SITES).values():
+        with safe_open(path, "pt") as file:
+            assert int(file.metadata()["count"]) == whole[SITES[0]].count
 
 
 # ---------------------------------------------------------------------- what a person sees
@@ -361,8 +409,7 @@ def test_steps_go_to_the_bars_that_are_up(gpt2_base: LanguageModel, statistics: 
 @pytest.fixture
 def said() -> Iterator[None]:
     """What `kedit` does to loggers, undone."""
-    names = ("kedit_lightning.models.statistics", "kedit_lightning.models.key_pass")
-    before = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
+    before = [(logging.getLogger(name), logging.getLogger(name).level) for name in SAID]
     quiet()
     yield
     for logger, level in before:

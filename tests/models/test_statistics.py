@@ -123,7 +123,7 @@ def test_tokens_are_counted_exactly(gpt2_base: LanguageModel, statistics: Statis
     assert replace(statistics, tokens=101).second_moments(gpt2_base, SITES)[SITES[0]].count == 101
     short = replace(statistics, tokens=101, skip_first_token=True)
     assert short.second_moments(gpt2_base, SITES)[SITES[0]].count == 101
-    assert not caplog.records
+    assert not any(record.levelno >= logging.WARNING for record in caplog.records)
     default = replace(statistics, tokens=None).second_moments(gpt2_base, SITES)[SITES[0]].count
     assert default is not None
     assert default < 10 * 128  # all there is
@@ -274,7 +274,7 @@ def test_a_damaged_file_is_made_again(
     again = statistics.second_moments(gpt2_base, SITES[:1])
     assert torch.equal(first[SITES[0]].mean, again[SITES[0]].mean)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert sum(record.levelno >= logging.WARNING for record in caplog.records) == 1
     assert "computed again" in caplog.text
 
 
