@@ -25,6 +25,7 @@ from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
+from kedit_lightning.messages import settings_of
 from kedit_lightning.metrics import Evaluation
 from kedit_lightning.models import Architecture, LanguageModel
 from kedit_lightning.models.quiet import quiet
@@ -137,7 +138,7 @@ def _as_records(edits: Sequence[Edit | Mapping[str, Any]]) -> list[Record]:
 
 def _make_editor(editor: str | type[Editor], base: LanguageModel, settings: dict[str, Any]) -> Editor:
     method = editor if isinstance(editor, type) else _named_editor(editor)
-    known = {name: one for name, one in inspect.signature(method).parameters.items() if name != "base"}
+    known = {name: one for name, one in settings_of(method).items() if name != "base"}
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

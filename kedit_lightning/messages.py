@@ -119,7 +119,7 @@ def _nested(message: str) -> str:
 
 def _unknown(path: list[str], key: str, given: type | None) -> str:
     """A misspelt parameter of a class."""
-    known = list(inspect.signature(given).parameters) if given is not None else []
+    known = list(settings_of(given)) if given is not None else []
     if path[-1:] == ["init_args"] and difflib.get_close_matches(key, ["init_args", "class_path"], n=1):
         path, known = path[:-1], ["class_path", "init_args"]
     name = f" of {given.__name__}" if given is not None else ""
@@ -127,6 +127,15 @@ def _unknown(path: list[str], key: str, given: type | None) -> str:
     return f"unknown key {'.'.join([*path, key])}{name}" + (
         f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known)}"
     )
+
+
+def settings_of(kind: type) -> dict[str, inspect.Parameter]:
+    """What a class can be given by name, with what it hands on to the classes that it is built on."""
+    from jsonargparse import ArgumentParser  # which takes a while
+
+    names: list[str] = ArgumentParser().add_class_arguments(kind)
+    own = [inspect.signature(vars(one)["__init__"]).parameters for one in kind.__mro__ if "__init__" in vars(one)]
+    return {name: next(found[name] for found in own if name in found) for name in names}
 
 
 def _beside_class_path(block: str | None) -> str | None:

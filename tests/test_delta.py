@@ -213,3 +213,10 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_beside(tmp_path / "f.json", interrupted)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_identity_on_the_left_gives_the_right_factor_itself() -> None:
+    right = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    delta = WeightDelta.low_rank("w", torch.eye(3, dtype=torch.float64), right)
+    assert delta.dense is not None
+    assert torch.equal(delta.update, right.T)

@@ -319,7 +319,7 @@ def test_settings_out_of_range(name: str, settings: dict[str, Any], expected: st
 
 
 def test_a_layer_is_edited_once(gpt2_base: LanguageModel) -> None:
-    with pytest.raises(KeditError, match=r"each once, got \[1, 1\]"):
+    with pytest.raises(KeditError, match=r"each once and in ascending order, got \[1, 1\]"):
         make("ROME", gpt2_base, (1, 1))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kedit_lightning import solvers
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors.base import at_least
+from kedit_lightning.editors.checks import at_least
 from kedit_lightning.editors.memit import MEMIT
 from kedit_lightning.edits import Site
 from kedit_lightning.models import LanguageModel

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
+from kedit_lightning.editors.checks import ascending, at_least
 from kedit_lightning.editors.losses import KLPrompt, edit_loss
 from kedit_lightning.editors.parts import Parts
 from kedit_lightning.editors.reading import Keys, read_keys, read_values
@@ -49,7 +50,7 @@ class Editor(StagedTraining):
         statistics: Where the second moment comes from.
         context_templates: Texts put before the prompts.
         forward: ``suffix`` runs only the layers and tokens that δ can change; ``full`` the whole model, for comparison.
-        max_tokens: Tokens optimised together, padding included; null: what fits into the GPU's free memory, 8192 on a
+        max_tokens: Tokens optimised together, padding included; null: what fits into the GPU's free memory, 2048 on a
             CPU. Where memory runs out, half as many are tried. An edit's rows always stay together.
         preset: ``paper``, or ``released`` to follow the authors' code where it differs.
 
@@ -257,31 +258,3 @@ class Editor(StagedTraining):
                     for delta in outcome.deltas
                 ]
                 outcome.residual = torch.stack(errors).sum(dim=0)
-
-
-def ascending(**layers: list[int]) -> list[int]:
-    """The layers of a setting, if there are any, each once and ascending.
-
-    Args:
-        layers: The layers by the setting's name.
-
-    Raises:
-        KeditError: They are not.
-    """
-    ((name, found),) = layers.items()
-    if not found or sorted(set(found)) != list(found):
-        msg = f"{name}: expected at least one layer, each once and in ascending order, got {found}"
-        raise KeditError(msg)
-    return found
-
-
-def at_least(least: float, **settings: float) -> None:
-    """Refuse settings that are too small.
-
-    Raises:
-        KeditError: One is.
-    """
-    for name, value in settings.items():
-        if not value >= least:
-            msg = f"{name}: expected {'a positive number' if 0 < least < 1 else f'at least {least}'}, got {value}"
-            raise KeditError(msg)

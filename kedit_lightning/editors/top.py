@@ -10,7 +10,8 @@ import torch
 
 from kedit_lightning import objectives
 from kedit_lightning.data.prompts import ContextTemplates
-from kedit_lightning.editors.base import Preset, at_least
+from kedit_lightning.editors.base import Preset
+from kedit_lightning.editors.checks import at_least
 from kedit_lightning.editors.rome import ROME
 from kedit_lightning.editors.stages import Loss, Stage, below
 from kedit_lightning.edits import Site, Token
@@ -61,6 +62,7 @@ class TOP(ROME):
         **shared: Any,
     ) -> None:
         templates = context_templates or ContextTemplates()
+        at_least(1, v_num_grad_steps1=v_num_grad_steps1, v_num_grad_steps2=v_num_grad_steps2)
         super().__init__(
             base,
             layers,
@@ -70,7 +72,6 @@ class TOP(ROME):
             context_templates=replace(templates, exclude="import") if preset == "released" else templates,
             **shared,
         )
-        at_least(1, v_num_grad_steps1=v_num_grad_steps1, v_num_grad_steps2=v_num_grad_steps2)
         at_least(0, vec_loss_factor=vec_loss_factor)
         offsets = rel_feat_layer if isinstance(rel_feat_layer, list) else [rel_feat_layer] * len(layers)
         if len(offsets) != len(layers) or min(offsets) < 0:

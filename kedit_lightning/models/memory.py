@@ -11,8 +11,8 @@ from kedit_lightning.edits import Site
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models.language_model import LanguageModel
 
-CPU_TOKENS = 8192
-"""Tokens of a batch on a CPU: enough to fill its cores, little enough to fit."""
+CPU_TOKENS = 2048
+"""Tokens of a batch on a CPU: enough to fill its cores; more of them only wait for each other's padding."""
 SHARE = 0.5
 """Share of a GPU's free memory that activations may take; the rest is for the cache of keys and values, and solves."""
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning import Trainer
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.editors import JEEP, AlphaEdit, Editor, Loss, Stage
 from kedit_lightning.edits import Edit, Site
+from kedit_lightning.messages import settings_of
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.statistics import Statistics
 from kedit_lightning.trainer import EditTrainer
@@ -86,7 +86,7 @@ def run(case: Case, dtype: Literal["float32", "bfloat16"] = "float32") -> Run:
 def build(case: Case, recorded: Recorded, base: LanguageModel) -> tuple[Editor, dict[str, Any]]:
     """The editor with the case's hyper-parameters and the released preset, and the hyper-parameters left over."""
     kind: Any = getattr(editors, recorded.editor)
-    takes = {name.removeprefix("x.") for name in ArgumentParser().add_class_arguments(kind, "x", skip={"base"})}
+    takes = settings_of(kind)
     hparams: dict[str, Any] = case.meta["hparams"]
     ours = {
         "statistics": Statistics(source=str(case.path(f"cov_{case.model}.safetensors"))),
