@@ -191,8 +191,10 @@ def test_only_the_released_preset_slips(tmp_path: Path) -> None:
 
 def test_released_drops_prefixes_with_import() -> None:
     base, own = tiny_base("gpt2"), ContextTemplates(seed=5)
-    assert top(base, context_templates=own, preset="released").context_templates == replace(own, exclude="import")
-    assert top(base, context_templates=own).context_templates == own
+    assert top(base, context_templates=own, preset="released").context_templates == replace(
+        own, scheme="rome", exclude="import"
+    )
+    assert top(base, context_templates=own).context_templates == replace(own, scheme="rome")
 
 
 def test_an_edit_that_needs_no_second_stage_keeps_its_value(tmp_path: Path) -> None:

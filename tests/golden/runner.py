@@ -108,9 +108,9 @@ class Recorder(EditCallback):
 
     def __init__(self, case: Case, recorded: Recorded, result: Run, edits: Sequence[Edit]) -> None:
         self.case, self.recorded, self.result, self.edits, self.number = case, recorded, result, edits, 0
-        self.steps: dict[str, list[dict[int, list[Tensor]]]] = defaultdict(list)
+        self.steps: dict[tuple[str, int], list[list[Tensor]]] = defaultdict(list)
         self.at: dict[Site, Tensor] = {}
-        self.positions: dict[str, list[Tensor]] = {}
+        self.positions: dict[str, dict[int, list[list[int]]]] = {}
         self.stages: dict[str, Stage] = {}
         self.keys: dict[Site, Tensor] = {}
         self.residuals: dict[Site, Tensor] = {}
@@ -148,11 +148,16 @@ class Recorder(EditCallback):
     def listening_loss(self, editor: Editor, stage: Stage) -> Callable[[], Loss]:
         """Keep the δs at which the loss is evaluated, of the edits that are not left out as done."""
         evaluate, index = stage.prepare(), editor.batch.index.tolist()
-        self.positions.setdefault(stage.name, [self.at[delta.site] for delta in stage.deltas])
+        rows = editor.batch.edit
+        for j, i in enumerate(index):
+            each = [self.at[delta.site] for delta in stage.deltas]  # of all rows, or of the bare prompts alone
+            mine = [at[rows == j] if len(at) == len(rows) else at[j : j + 1] for at in each]
+            self.positions.setdefault(stage.name, {}).setdefault(i, [at.tolist() for at in mine])
 
         def loss() -> Loss:
             lines = [delta.delta.detach().clone() for delta in stage.deltas]
-            self.steps[stage.name].append({i: [delta[j] for delta in lines] for j, i in enumerate(index)})
+            for j, i in enumerate(index):
+                self.steps[stage.name, i].append([delta[j] for delta in lines])
             return evaluate()
 
         return loss
@@ -206,8 +211,9 @@ class Recorder(EditCallback):
 
     def _keep_edit(self, editor: Editor, i: int, where: str) -> None:
         """Curves, values and tokens of one edit of the batch."""
-        numbers, exact, batch = self.result.numbers, self.result.exact, editor.part
-        of_edit = batch.edit == i
+        numbers, exact = self.result.numbers, self.result.exact
+        batch = next(part for part in editor.parts if i in part.index)
+        of_edit = batch.edit == batch.index.tolist().index(i)
         rewriting = batch.rows.labels[of_edit & ~batch.essence]
         tokens = [
             ids[mask.bool()].tolist()
@@ -227,12 +233,10 @@ class Recorder(EditCallback):
             exact[f"{prefix}tokens"] = tokens[rows]
             exact[f"{prefix}labels"] = [labels(row) for row in rewriting[rows]]
             exact[f"{prefix}target_ids"] = [token for _, token in labels(rewriting[0])]
-            steps, positions = self.steps[outcome.stage], self.positions[outcome.stage]
+            steps, positions = self.steps[outcome.stage, i], self.positions[outcome.stage]
             for j, suffix in enumerate(stage.suffixes):
-                numbers[f"{prefix}steps/delta{suffix}"] = torch.stack([step[i][j] for step in steps[:n]])
-                at = positions[j]
-                mine = at[of_edit] if len(at) == len(of_edit) else at[i : i + 1]
-                exact[f"{prefix}lookup_idxs{suffix}"] = exact[f"{prefix}lookup_idxs"] = mine.tolist()
+                numbers[f"{prefix}steps/delta{suffix}"] = torch.stack([step[j] for step in steps[:n]])
+                exact[f"{prefix}lookup_idxs{suffix}"] = exact[f"{prefix}lookup_idxs"] = positions[i][j]
             for suffix, delta in zip(stage.suffixes, self.stages[outcome.stage].deltas, strict=True):
                 numbers[f"{prefix}target_init{suffix}"] = delta.origin[i]
                 numbers[f"{prefix}delta{suffix}"] = delta.delta[i].detach()
