@@ -43,7 +43,7 @@ NOISE = (
 )
 """Warnings of Lightning about training loops that edit streams are not."""
 
-SAID = ("kedit_lightning.models.statistics", "kedit_lightning.models.key_pass", "kedit_lightning.models.sums")
+SAID = tuple(f"kedit_lightning.models.{name}" for name in ("statistics", "key_pass", "sums", "key_statistics"))
 """Loggers whose news are shown, not only their warnings."""
 
 _PREPARING = "preparing: contexts, key statistics"

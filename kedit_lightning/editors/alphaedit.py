@@ -13,6 +13,7 @@ from kedit_lightning.editors.checks import at_least
 from kedit_lightning.editors.memit import MEMIT
 from kedit_lightning.edits import Site
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.memory import require
 
 
 class AlphaEdit(MEMIT):
@@ -34,9 +35,6 @@ class AlphaEdit(MEMIT):
         shared: MEMIT's settings but λ, and the settings of every editor, see `Editor`.
     """
 
-    kept_matrices = 2
-    """U and M."""
-
     def __init__(
         self, base: LanguageModel, layers: list[int], nullspace_threshold: float = 2e-2, L2: float = 10.0, **shared: Any
     ) -> None:
@@ -48,6 +46,7 @@ class AlphaEdit(MEMIT):
     def prepare(self) -> None:
         """Also the null space of every layer: better now than after the values."""
         super().prepare()
+        require(self.base, self.sites(), 0, kept=2)  # U and M
         for moment in self.moments.values():
             moment.null_space(self.nullspace_threshold, self.base.device)
 
@@ -59,7 +58,8 @@ class AlphaEdit(MEMIT):
 
     def solve(self, site: Site, residual: Tensor, keys: Tensor, weight: float) -> WeightDelta:
         """The projected update; λ is not used."""
-        name, basis = self.base.name(site), self.moments[site].null_space(self.nullspace_threshold, keys.device)
+        name, moment = self.base.name(site), self.moments[site]
+        basis = moment.null_space(self.nullspace_threshold).to(moment.roomy(keys.device))
         left, right = solvers.null_space_projected(residual, keys, basis, self.remembered.get(name), self.L2)
         return WeightDelta.low_rank(name, left, right)
 
@@ -67,7 +67,7 @@ class AlphaEdit(MEMIT):
         """Add ``K Kᵀ`` of a commit's keys, shape ``(n, k)``, to each layer's M."""
         for name, keys in memory.items():
             double = solvers.double(keys)
-            gram = double.T @ double
+            gram = (double.T @ double).cpu()
             self.remembered[name] = gram + self.remembered[name] if name in self.remembered else gram
 
     def forget(self) -> None:

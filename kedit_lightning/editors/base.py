@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from itertools import product
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from kedit_lightning.data.prompts import ContextTemplates
@@ -60,8 +59,6 @@ class Editor(StagedTraining):
 
     scheme: Literal["rome", "memit"] = "rome"
     """How context templates are sampled where their settings leave it open."""
-    kept_matrices = 0
-    """How many k × k matrices an edited layer keeps in main memory from batch to batch, beside its second moment."""
 
     def __init__(
         self,
@@ -159,7 +156,7 @@ class Editor(StagedTraining):
             KeditError: There are more edits than memory for their keys and values.
         """
         if pass_ == 0:
-            require(self.base, self.sites(), len(edits), self.kept_matrices)
+            require(self.base, self.sites(), len(edits))
             self.parts = Parts(self.base, edits, self.templates, self.budget, separate=self.separate_targets)
             self.edits, self.outcomes, self.memory = edits, [], {}
         self.pass_, self.layer = pass_, self.passes()[pass_]
@@ -199,9 +196,9 @@ class Editor(StagedTraining):
         kl_factor = self.kl_factor if kl_factor is None else kl_factor
         return edit_loss(self.forward_from, self.batch, deltas, kl_factor=kl_factor, kl_prompt=kl_prompt, slip=slip)
 
-    def keys(self, tokens: Mapping[Site, Token]) -> dict[Site, Keys]:
-        """Keys of all edits of the batch at tokens of sites, by one forward pass."""
-        return read_keys(self.base, self.parts, tokens)
+    def keys(self, tokens: Mapping[Site, Token], *, bare: bool = False) -> dict[Site, Keys]:
+        """Keys of all edits of the batch at tokens of sites, by one forward pass; also those of the bare prompts."""
+        return read_keys(self.base, self.parts, tokens, bare=bare)
 
     def present(self, tokens: Mapping[Site, Token]) -> dict[Site, Tensor]:
         """What sites put out now at tokens of the bare prompts of all edits; float32, shape ``(n, d)``."""
@@ -241,7 +238,12 @@ class Editor(StagedTraining):
             present = self.present({delta.written_at: delta.token for delta in group.values()})
             for part, delta in group.items():
                 site, now = Site(layer, part), present[delta.written_at]
-                yield self.solve(site, (delta.value.to(now.device) - now) / share, keys[site].mean, weight)
+                try:
+                    update = self.solve(site, (delta.value.to(now.device) - now) / share, keys[site].mean, weight)
+                except ValueError as error:
+                    msg = f"layer {layer}, {part}: {error}"
+                    raise KeditError(msg) from error
+                yield update
 
     def solve(self, site: Site, residual: Tensor, keys: Tensor, weight: float) -> WeightDelta:
         """``Δ = R Kᵀ (λC + K Kᵀ)⁻¹`` for residuals ``(n, d)`` and keys ``(n, k)`` (MEMIT Eq. 14)."""
@@ -253,8 +255,6 @@ class Editor(StagedTraining):
         for outcome in self.outcomes:
             if outcome.pass_ == self.pass_:
                 found = self.present({delta.written_at: delta.token for delta in outcome.deltas})
-                errors = [
-                    (found[delta.written_at].cpu() - delta.value).norm(dim=1) / delta.value.norm(dim=1)
-                    for delta in outcome.deltas
-                ]
-                outcome.residual = torch.stack(errors).sum(dim=0)
+                for delta in outcome.deltas:
+                    error = (found[delta.written_at].cpu() - delta.value).norm(dim=1)
+                    outcome.residual[delta.label] = error / delta.value.norm(dim=1)

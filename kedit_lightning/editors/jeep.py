@@ -51,7 +51,8 @@ class JEEP(Editor):
         joint: Both δs in one stage; false: δ′, then the low layers are written, then δ* on the model so edited.
         spread_low: How the residual is shared over the low layers.
         spread_high: How it is shared over the high layers.
-        high_site: What δ* is added to; null: the MLP's output, with ``preset: released`` the attention's.
+        high_site: What δ* is added to; null: the output of what is written, with ``preset:
+            released`` the attention's.
         high_rewrite: Which weights of the high layers are written.
         kl_prompt: Where the KL is taken: on "{subject} is a" or on the bare edit prompt.
         preset: ``paper``, or ``released`` to follow the authors' code where it differs.
@@ -110,7 +111,7 @@ class JEEP(Editor):
         self.spread_low, self.spread_high = spread_low, spread_high
         self.mom2_update_weight_low, self.mom2_update_weight_high = mom2_update_weight_low, mom2_update_weight_high
         self.high = {"clamp_norm_factor": clamp_norm_factor_high, "v_weight_decay": v_weight_decay_high}
-        self.high_site: HighPart = high_site or ("attn" if preset == "released" else "mlp")
+        self.high_site: HighPart = high_site or ("attn" if preset == "released" else high_rewrite)
         self.high_rewrite, self.kl_prompt = high_rewrite, kl_prompt
 
     def passes(self) -> Sequence[int]:

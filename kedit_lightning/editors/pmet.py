@@ -28,7 +28,8 @@ class PMET(MEMIT):
 
     As published only the MLP is written and the attention's δ, which keeps that of the MLP precise, is dropped;
     ``rewrite: both`` writes the attention's output projections too. Both keys of a layer are then read before either is
-    written; with ``preset: released`` the MLP's are read after the attention is written, as in the released code.
+    written, as the released code means to for GPT-J (where it fails); ``preset: released`` does what that code does for
+    other models and reads the MLP's keys after the attention is written.
 
     Args:
         base: The frozen base model.

@@ -18,34 +18,40 @@ class Keys(NamedTuple):
 
     Attributes:
         mean: k*: the mean over the context templates (by groups, where there are groups).
-        bare: The key in the bare prompt.
+        bare: The key in the bare prompt; empty, ``(0, k)``, where it was not asked for.
     """
 
     mean: Tensor
     bare: Tensor
 
 
-def read_keys(base: LanguageModel, parts: Sequence[EditBatch], tokens: Mapping[Site, Token]) -> dict[Site, Keys]:
+def read_keys(
+    base: LanguageModel, parts: Sequence[EditBatch], tokens: Mapping[Site, Token], *, bare: bool = False
+) -> dict[Site, Keys]:
     """Keys of n edits at sites, by one forward pass over their prompts.
 
     Args:
         base: The model.
         parts: The edits.
         tokens: For each site the token whose key is meant.
+        bare: Whether the keys of the bare prompts are wanted by themselves too.
     """
     n = sum(map(len, parts))
     found: dict[Site, Keys] = {}
     for part in parts:
         prompts = torch.nonzero(~part.essence)[:, 0]
         rows, edit, weight = part.rows.select(prompts), part.edit[prompts], part.weight[prompts]
-        bare = torch.searchsorted(prompts, part.bare)
+        first = torch.searchsorted(prompts, part.bare)
         for site, keys in base.keys(rows, {site: rows.at[token] for site, token in tokens.items()}).items():
             if site not in found:
-                found[site] = Keys(keys.new_zeros(n, keys.shape[1]), keys.new_zeros(n, keys.shape[1]))
+                k = keys.shape[1]
+                found[site] = Keys(keys.new_zeros(n, k), keys.new_zeros(n if bare else 0, k))
             mean = keys.new_zeros(len(part), keys.shape[1])
             mean.index_add_(0, edit.to(keys.device), keys * weight.to(keys)[:, None])
             index = part.index.to(keys.device)
-            found[site].mean[index], found[site].bare[index] = mean, keys[bare.to(keys.device)]
+            found[site].mean[index] = mean
+            if bare:
+                found[site].bare[index] = keys[first.to(keys.device)]
     return found
 
 
@@ -62,5 +68,7 @@ def read_values(base: LanguageModel, parts: Sequence[EditBatch], tokens: Mapping
     for part in parts:
         rows = part.bare_rows
         for site, values in base.read(rows, {site: rows.at[token] for site, token in tokens.items()}).items():
-            found.setdefault(site, values.new_zeros(n, values.shape[1]))[part.index.to(values.device)] = values
+            if site not in found:
+                found[site] = values.new_zeros(n, values.shape[1])
+            found[site][part.index.to(values.device)] = values
     return found

@@ -77,7 +77,7 @@ class ROME(Editor):
             yield from self.spread(self.layers, {"mlp": self.v}, self.rule, self.mom2_update_weight)
             return
         site, values = self.v.site, self.v.value
-        keys = self.keys({site: self.v.token})[site]
+        keys = self.keys({site: self.v.token}, bare=True)[site]
         direction = self.whiten(keys.mean, site)
         for i, request in enumerate(self.edits):
             present = self.base.project(site, keys.bare[i])

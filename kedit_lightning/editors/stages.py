@@ -99,8 +99,8 @@ class ValueDelta(nn.Module):
         self.origin, self.delta.data = self._origins[index].to(device), self._deltas[index].to(device)
 
     def whole(self) -> None:
-        """Show all n edits."""
-        self.show(torch.arange(len(self._deltas)), self.delta.device)
+        """Show all n edits, in main memory."""
+        self.show(torch.arange(len(self._deltas)), self._deltas.device)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -140,7 +140,7 @@ class Outcome:
         steps: Loss evaluations each edit took, ``(n,)``.
         probability: The target's probability of each edit at its last loss evaluation, ``(n,)``; nan without a target.
         curves: Per loss evaluation the terms, each ``(n,)``; an edit's last entry, that of its δ, is repeated.
-        residual: Distance of the edited model's values from those wanted, relative to the latter, summed over the δs;
+        residual: By δ's label how far the edited model's value is from the one wanted, relative to the latter;
             ``(n,)``.
     """
 
@@ -150,7 +150,7 @@ class Outcome:
     steps: Tensor
     probability: Tensor
     curves: list[Terms] = field(default_factory=list)
-    residual: Tensor | None = None
+    residual: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stage: Stage, pass_: int, n: int) -> Outcome:
@@ -182,8 +182,7 @@ class Outcome:
         found = {term: float(values[i]) for term, values in self.curves[int(self.steps[i]) - 1].items()}
         for delta in self.deltas:
             found[f"delta/{delta.label}"] = float(delta.delta[i].detach().norm() / delta.origin[i].norm())
-        if self.residual is not None:
-            found["residual"] = float(self.residual[i])
+        found |= {f"residual/{label}": float(values[i]) for label, values in self.residual.items()}
         return {"steps": int(self.steps[i]), **found}
 
 

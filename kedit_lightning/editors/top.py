@@ -101,7 +101,8 @@ class TOP(ROME):
 
         def loss() -> Loss:
             found = forward.read({self.v.site: self.v.delta}, {self.h_r.site: rows.at[self.h_r.token]})[self.h_r.site]
-            distance = objectives.distance(found.float(), wanted.to(found.device))
+            found = found.float().to(wanted.device)
+            distance = objectives.distance(found, wanted)
             decay = objectives.weight_decay(self.v.delta, self.v.origin)
             return Loss({"distance": self.vec_loss_factor * distance, "weight_decay": self.v_weight_decay * decay})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from lightning import LightningModule
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from kedit_lightning.data.prompts import EditBatch
 from kedit_lightning.editors.parts import Parts
-from kedit_lightning.editors.stages import Outcome, Stage, ValueDelta
+from kedit_lightning.editors.stages import Loss, Outcome, Stage, ValueDelta
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.devices import is_out_of_memory
 from kedit_lightning.models.generation import generate
-from kedit_lightning.models.memory import is_out_of_memory
 
 
 class StagedTraining(LightningModule, ABC):
@@ -63,7 +63,7 @@ class StagedTraining(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Before the first part."""
-        self._part, self._stage = -1, None
+        self._part, self._stage, self._loss = -1, None, None
 
     def training_step(self, batch: list[Edit], batch_idx: int) -> None:
         """One loss evaluation and, unless a stage ends with it, one update of the edits that go on."""
@@ -75,13 +75,14 @@ class StagedTraining(LightningModule, ABC):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._stage = None
+            self._stage = self._loss = None
             self.zero_grad()
             self.parts.divide(self._part)
-            self.budget = self.parts.max_tokens
+            self.budget = max(self.parts.max_tokens, self.budget // 2)
             self._part -= 1
 
     _stage: Stage | None
+    _loss: Callable[[], Loss] | None
 
     def _enter_next_part(self) -> None:
         self._part += 1
@@ -103,6 +104,7 @@ class StagedTraining(LightningModule, ABC):
         self._optimizer.state.clear()
         self._stage = next(self._stages, None)
         if self._stage is None:
+            self._loss = None
             if self._part == len(self.parts) - 1:
                 for delta in self._deltas:
                     delta.whole()
@@ -119,6 +121,7 @@ class StagedTraining(LightningModule, ABC):
     def _go_on(self, stage: Stage) -> None:
         """Evaluate the loss of the edits of `batch` from now on."""
         self._running = torch.ones(len(self.batch), dtype=torch.bool, device=self.base.device)
+        self._loss = None  # before the next, since it keeps what the model has cached for it
         self._loss = stage.prepare()
 
     def _turn_to(self, batch: EditBatch) -> None:
@@ -132,6 +135,7 @@ class StagedTraining(LightningModule, ABC):
         return sum(len(self.parts[i]) for i in range(self._part + (self._stage is None)))
 
     def _step(self, stage: Stage) -> None:
+        assert self._loss is not None
         loss, running = self._loss(), self._running
         self._outcome.add(loss, self.batch.index, running.cpu(), self._evaluation)
         self._evaluation += 1

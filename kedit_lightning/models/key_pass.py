@@ -194,8 +194,11 @@ class KeyPass(LightningModule):
                 break
             self.held_out.append(ids)
         every = max(1, self._count(self.held_out) // HELD_OUT)
-        parts = [self.reader.read(rows) for rows in self.reader.batches(self.held_out)]
-        spread = {site: [part[site][::every] for part in parts] for site in self.reader.sites}
+        parts = [
+            {site: keys[::every].clone() for site, keys in self.reader.read(rows).items()}  # not views of all
+            for rows in self.reader.batches(self.held_out)
+        ]
+        spread = {site: [part[site] for part in parts] for site in self.reader.sites}
         self.sums.convergence = Convergence({site: torch.cat(keys)[:HELD_OUT] for site, keys in spread.items()})
 
     def _between(self, round_: Round) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kedit_lightning import solvers
 from kedit_lightning.errors import StatisticsError
+from kedit_lightning.models.devices import free_memory
 from kedit_lightning.solvers import SingularError, double
 
 log = logging.getLogger(__name__)
@@ -67,15 +68,11 @@ class KeyStatistics:
     """
 
     def __init__(self, mean: Tensor, count: int | None = None, ridge: float = 0.0, name: str = "the keys") -> None:
+        self.width = len(mean)
         self.mean, self.count, self.ridge, self.name = mean, count, ridge, name
         self._factor: Tensor | None = None
         self._condition: float | None = None
         self._null_spaces: dict[float, Tensor] = {}
-
-    @property
-    def width(self) -> int:
-        """Width k of the keys."""
-        return len(self.mean)
 
     def factor(self, device: torch.device | None = None) -> Tensor:
         """Lower Cholesky factor of C with its ridge, float64, shape ``(k, k)``; made once.
@@ -91,7 +88,7 @@ class KeyStatistics:
         if self._rank_is_below_width(0):
             raise StatisticsError(self._singular("is singular"))
         try:
-            factor = factorise(self._matrix.to(self._roomy(device)), self.ridge)
+            factor = factorise(self._matrix.to(self.roomy(device)), self.ridge)
         except SingularError as error:
             raise StatisticsError(self._singular("is singular")) from error
         number = condition(factor)
@@ -136,7 +133,7 @@ class KeyStatistics:
                 return solvers.woodbury(residual.to(keys.device), keys, self.solve(keys), weight)
             if self._rank_is_below_width(n):
                 raise StatisticsError(self._singular(f"is singular, also with the keys of {n} edits"))
-            place = self._roomy(keys.device)
+            place = self.roomy(keys.device)
             return solvers.least_squares(
                 residual.to(place), keys.to(place), self._matrix.to(place), weight, ridge=self.ridge
             )
@@ -156,13 +153,13 @@ class KeyStatistics:
             device: Where it would be used; it is computed there if that is a GPU with ample room.
 
         Returns:
-            U, orthonormal columns in float64, shape ``(k, r)``.
+            U, orthonormal columns in float64, shape ``(k, r)``, in main memory.
 
         Raises:
             StatisticsError: No eigenvalue is below the threshold, or C is no finite symmetric matrix.
         """
         if threshold not in self._null_spaces:
-            values, vectors = torch.linalg.eigh(double(self._matrix.to(self._roomy(device))))
+            values, vectors = torch.linalg.eigh(double(self._matrix.to(self.roomy(device))))
             rank = int((values < threshold).sum())
             if not rank:
                 msg = (
@@ -178,7 +175,7 @@ class KeyStatistics:
                     "lower `nullspace_threshold` (%g).",
                     *(self.name, highest, threshold),
                 )
-            self._null_spaces[threshold] = vectors[:, :rank].clone()
+            self._null_spaces[threshold] = vectors[:, :rank].clone().cpu()
         return self._null_spaces[threshold]
 
     @cached_property
@@ -232,12 +229,10 @@ class KeyStatistics:
         tokens = "unknown many" if self.count is None else self.count
         return f"the second moment of {self.name} {how} (width {self.width}, {tokens} tokens); {ADVICE}"
 
-    def _roomy(self, device: torch.device | None) -> torch.device:
+    def roomy(self, device: torch.device | None) -> torch.device:
         """The device, if it does float64 and six matrices of that size fit into it."""
-        if device is not None and device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if free > 6 * 8 * self.mean.numel():
-                return device
+        if device is not None and device.type == "cuda" and free_memory(device) > 6 * 8 * self.width**2:
+            return device
         return torch.device("cpu")
 
 
@@ -250,7 +245,13 @@ class Identity(KeyStatistics):
     """
 
     def __init__(self, width: int, name: str = "the keys") -> None:
-        super().__init__(torch.eye(width), name=name)
+        super().__init__(torch.zeros(()).expand(width, width), name=name)
+        del self.mean  # made where it is needed, which is hardly ever
+
+    @cached_property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        """The identity, shape ``(k, k)``."""
+        return torch.eye(self.width)
 
     def solve(self, keys: Tensor) -> Tensor:
         """The keys themselves, in float64."""

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
 import torch
 
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import KeditError
+from kedit_lightning.models.devices import free_memory
 from kedit_lightning.models.language_model import LanguageModel
 
 CPU_TOKENS = 2048
 """Tokens of a batch on a CPU: enough to fill its cores; more of them only wait for each other's padding."""
 SHARE = 0.5
 """Share of a GPU's free memory that activations may take; the rest is for the cache of keys and values, and solves."""
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, for tensors that are yet to come."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
 
 
 def token_budget(base: LanguageModel) -> int:
@@ -59,8 +51,3 @@ def require(base: LanguageModel, sites: Sequence[Site], n: int, kept: int = 0) -
             f"solve, {free / 2**30:.1f} GiB are free: set data.batch_size to at most {room:,}"
         )
         raise KeditError(msg if room else msg.rpartition(":")[0] + ": a machine with more memory is needed")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, on a GPU or (where the system says so) on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import StatisticsError
+from kedit_lightning.models.devices import is_out_of_memory
 from kedit_lightning.models.encoding import Batch, buckets
 from kedit_lightning.models.language_model import LanguageModel
 from kedit_lightning.models.weights import HALVES
@@ -164,8 +165,9 @@ class KeyReader:
                 break
             row.append(ids)
         exact: ForwardDtype | None = "float32" if self.base.dtype == "float32" else None
-        alone = self._read(lay_out([[ids] for ids in row], self.skip, packed=False), exact)
-        together = self._read(lay_out([row], self.skip), exact)
+        twice = row + row  # some kernels see packed documents in a batch of one row only
+        alone = self._read(lay_out([[ids] for ids in twice], self.skip, packed=False), exact)
+        together = self._read(lay_out([row, row], self.skip), exact)
         bound = EQUAL_IN_HALF if next(self.base.layers.parameters()).dtype in HALVES else EQUAL
         self.packed = all(
             bool(((together[site] - keys).norm(dim=1) <= bound * keys.norm(dim=1)).all())
@@ -189,7 +191,9 @@ class KeyReader:
                     stack.callback(hook.remove)
                 stack.enter_context(_products(precision, self.base.device))
                 self.base.run(cast("Batch", rows), max(site.layer for site in self.sites))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
             msg = f"out of memory at {rows.input_ids.numel()} tokens a batch: lower `statistics.batch_tokens`"
             raise StatisticsError(msg) from error
         return found

@@ -300,3 +300,14 @@ def test_a_prompt_longer_than_the_context_is_named(toy: Toy, tmp_path: Path) -> 
 def test_the_console_can_be_on(toy: Toy, tmp_path: Path) -> None:
     """The terminal reads what editors offer: one fit with it, the others are without."""
     fit(toy, THREE[:1], tmp_path, Console())
+
+
+def test_whole_values_are_in_main_memory(toy: Toy, tmp_path: Path) -> None:
+    """Lightning moves what is registered to the CPU before the weights are written, and nothing else."""
+    fit(toy, THREE, tmp_path, batch_size=3)
+    for delta in (toy.a, toy.b):
+        assert delta.origin.device == delta.delta.device == torch.device("cpu")
+        delta.to("meta")  # stands for a GPU on which the δs are optimised
+        delta.open(torch.arange(2), torch.zeros(2, WIDTH))
+        delta.whole()
+        assert delta.origin.device == delta.delta.device == delta.value.device == torch.device("cpu")

@@ -81,7 +81,7 @@ def test_the_edited_matrix_maps_each_key_to_its_value(run: Run) -> None:
     edited = run.base.weight(name).clone()
     run.base.restore()
     weight, bias = run.base.weight(name), run.base.linear(site).bias
-    keys, wanted = run.editor.keys({site: Token.SUBJECT_LAST})[site].bare, run.editor.deltas[-1].value
+    keys, wanted = run.editor.keys({site: Token.SUBJECT_LAST}, bare=True)[site].bare, run.editor.deltas[-1].value
     rows = run.editor.batch.rows.select(run.editor.batch.bare)
     for i, delta in enumerate(run.deltas):
         assert delta.name == name
@@ -265,7 +265,7 @@ def test_half_precision_keeps_float32_masters(name: str, dtype: torch.dtype, fam
     assert torch.equal(master, total)
     assert torch.equal(weight, total.to(dtype))
     if name in RANK_ONE:
-        key, wanted = editor.keys({site: Token.SUBJECT_LAST})[site].bare[0], editor.deltas[-1].value[0]
+        key, wanted = editor.keys({site: Token.SUBJECT_LAST}, bare=True)[site].bare[0], editor.deltas[-1].value[0]
         assert relative(base.project(site, key), wanted) < 1e-5
         rounding = (master.double() - weight.double()) @ key.double()
         assert bool((rounding.abs() <= torch.finfo(dtype).eps * (master.abs() @ key.abs())).all())

@@ -125,8 +125,8 @@ class Recorder(EditCallback):
             self.at |= at
             return forward_from(rows, at, *args, **kwargs)
 
-        def listening_keys(tokens: Any) -> Any:
-            found = keys(tokens)
+        def listening_keys(tokens: Any, **kwargs: Any) -> Any:
+            found = keys(tokens, **kwargs)
             for site, of_site in found.items():
                 self.keys.setdefault(site, of_site.mean)
             return found
