@@ -8,9 +8,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -45,9 +45,9 @@ class EditResult:
         metadata: What is saved with the delta: editor, base model, fingerprint, case ids.
     """
 
-    delta: list[WeightDelta]
-    records: list[Record]
-    report: Record
+    delta: list[WeightDelta] = field(repr=False)
+    records: list[Record] = field(repr=False)
+    report: Record = field(repr=False)
     metadata: Record
 
     def save(self, path: Path | str) -> None:
@@ -69,6 +69,7 @@ def edit(
     editor: str | type[Editor] = "ROME",
     *,
     batch_size: int = 1,
+    on_conflict: Literal["raise", "keep_last"] = "raise",
     evaluate: bool | Evaluation = True,
     show_progress: bool = False,
     save_dir: Path | str | None = None,
@@ -87,7 +88,8 @@ def edit(
         edits: `Edit`s, or mappings with ``prompt`` (with one ``{}``), ``subject`` and ``target_new``, and optionally
             the other fields of `Edit`. Case ids count from 0 where they are missing or not unique.
         editor: Name of an editor, such as ``ROME`` or ``TOP``, or its class.
-        batch_size: Edits solved together.
+        batch_size: Edits solved together; MEMIT, PMET, AlphaEdit and JEEP are made for many.
+        on_conflict: What to do with edits of one batch that give different answers to one question.
         evaluate: Whether the model is measured before and after, or how.
         show_progress: Whether the terminal shows progress; a first pass over documents for key statistics always does.
         save_dir: Where the run directory is kept; without it there is none.
@@ -106,7 +108,7 @@ def edit(
         stack.enter_context(torch.enable_grad())
         base = LanguageModel.wrap(model, tokenizer, architecture)
         method = _make_editor(editor, base, hyperparameters)
-        data = EditDataModule(edits=_as_records(edits), batch_size=batch_size)
+        data = EditDataModule(edits=_as_records(edits), batch_size=batch_size, on_conflict=on_conflict)
         data.setup("fit")
         kept = save_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="kedit-"))
         stack.enter_context(_quiet())

@@ -71,7 +71,10 @@ class EditDataModule(LightningDataModule):
                 msg = f"expected {expected}, got {value}"
                 raise DataError(msg)
         if restore_every is not None and restore_every % batch_size:
-            msg = f"expected restore_every to be a multiple of batch_size, got {restore_every} and {batch_size}"
+            msg = (
+                f"expected restore_every to be a multiple of batch_size, got {restore_every} and {batch_size}: set "
+                f"data.restore_every to {batch_size} to restore after each batch, or to null to keep all edits"
+            )
             raise DataError(msg)
         self.dataset, self.path, self.given, self.size = dataset, path, edits, size
         self.start, self.stop = start, stop

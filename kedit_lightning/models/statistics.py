@@ -168,6 +168,11 @@ class Statistics:
         dtype = getattr(torch, self.mom2_dtype)
         one_pass = KeyPass(reader, chain([first], documents), extent, dtype, partial, place=accelerator is not None)
         moments, sums = one_pass.run(accelerator or "cpu", devices), one_pass.sums
+        if self.tolerance is not None and not sums.enough:
+            log.warning(
+                "The tolerance %g was not reached within %d tokens; raise `statistics.tokens`.",
+                *(self.tolerance, sums.tokens),
+            )
         ended = extent.tokens is not None and not sums.enough and sums.tokens < extent.tokens
         if ended:
             log.warning("%s holds %d tokens, fewer than the %d asked for.", self.source, sums.tokens, extent.tokens)
