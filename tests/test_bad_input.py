@@ -623,7 +623,12 @@ def test_configuration_files(bad: Bad, tmp_path: Path) -> None:
 
 
 def test_commands_and_options(bad: Bad) -> None:
-    refused(kedit("edit"), 2, "unknown command 'edit'", "fit, validate, test, predict, statistics, apply, revert, show")
+    refused(
+        kedit("edit"),
+        2,
+        "unknown command 'edit'",
+        "fit, validate, test, predict, scale, statistics, apply, revert, show",
+    )
     refused(kedit("fit", "--confg", bad.rome), 2, "confg")
     refused(kedit("apply", bad.run, "--outt", "x"), 2, "outt")
     for short, full in (

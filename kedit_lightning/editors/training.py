@@ -78,7 +78,7 @@ class StagedTraining(LightningModule, ABC):
             self._stage = self._loss = None
             self.zero_grad()
             self.parts.divide(self._part)
-            self.budget = max(self.parts.max_tokens, self.budget // 2)
+            self.budget = self.parts.max_tokens
             self._part -= 1
 
     _stage: Stage | None

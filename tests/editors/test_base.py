@@ -307,7 +307,4 @@ def test_whole_values_are_in_main_memory(toy: Toy, tmp_path: Path) -> None:
     fit(toy, THREE, tmp_path, batch_size=3)
     for delta in (toy.a, toy.b):
         assert delta.origin.device == delta.delta.device == torch.device("cpu")
-        delta.to("meta")  # stands for a GPU on which the δs are optimised
-        delta.open(torch.arange(2), torch.zeros(2, WIDTH))
-        delta.whole()
-        assert delta.origin.device == delta.delta.device == delta.value.device == torch.device("cpu")
+        assert delta.to("meta").origin.device == torch.device("cpu"), "it is not registered, and so not moved"
