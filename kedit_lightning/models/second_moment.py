@@ -1,4 +1,4 @@
-"""The second moment of keys: its accumulator; what is solved with it is in `key_statistics`."""
+"""The second moment of keys: its accumulator. What is solved with it is in `key_statistics`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from kedit_lightning.models.key_statistics import Identity, KeyStatistics, condition, factorise
 from kedit_lightning.solvers import double
-
-__all__ = ["Identity", "KeyStatistics", "SecondMoment", "condition", "factorise"]
 
 
 class SecondMoment(Metric):

@@ -20,11 +20,12 @@ from kedit_lightning.models import moment_files
 from kedit_lightning.models.corpora import Corpus, tokenise
 from kedit_lightning.models.fingerprint import fingerprint_below
 from kedit_lightning.models.key_pass import Extent, KeyPass
+from kedit_lightning.models.key_statistics import Identity, KeyStatistics
 from kedit_lightning.models.language_model import LanguageModel
 from kedit_lightning.models.moment_cache import About, MomentCache
 from kedit_lightning.models.packing import ForwardDtype, KeyReader
 from kedit_lightning.models.processes import of_all, ranks
-from kedit_lightning.models.second_moment import Identity, KeyStatistics, SecondMoment
+from kedit_lightning.models.second_moment import SecondMoment
 
 __all__ = ["KeyStatistics", "SecondMoment", "Statistics", "compute"]
 

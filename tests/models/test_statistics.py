@@ -24,7 +24,8 @@ from kedit_lightning.errors import StatisticsError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.fingerprint import fingerprint, fingerprint_below
 from kedit_lightning.models.key_pass import KeyPass
-from kedit_lightning.models.second_moment import Identity, KeyStatistics, SecondMoment, condition, factorise
+from kedit_lightning.models.key_statistics import Identity, KeyStatistics, condition, factorise
+from kedit_lightning.models.second_moment import SecondMoment
 from kedit_lightning.models.statistics import Statistics, compute
 from tests.families import corpus, save_tiny, tiny_base
 
