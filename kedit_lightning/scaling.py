@@ -130,7 +130,7 @@ class Scaling:
         """Prepare the editor, and take from the unedited model what specificity refers to, and its scores."""
         edits = list(dict.fromkeys(edit for count, seed in missing for edit in self._first(count, seed)))
         self.trainer.tell("on_stream_start", self.editor, len(edits))
-        self._restore()
+        self.editor.restore()
         self.editor.prepare()
         self.trainer.run.write_json("contexts.json", {"templates": self.editor.templates})
         self.trainer.run.write_json(SETTINGS, self.settings)
@@ -143,7 +143,7 @@ class Scaling:
         """One point."""
         batch = self._first(count, seed)
         self.trainer.tell("on_stream_start", self.editor, count)
-        self._restore()
+        self.editor.restore()
         started = time.time()
         self.trainer.weight_update.edit(self.editor, self.datamodule, batch, fit)
         edited = time.time()
@@ -164,10 +164,6 @@ class Scaling:
         edits = list(self.edits)
         random.Random(seed).shuffle(edits)
         return edits[:count]
-
-    def _restore(self) -> None:
-        self.editor.base.restore()
-        self.editor.forget()
 
     # ------------------------------------------------------------------ the run directory
 

@@ -60,9 +60,8 @@ class EditStream:
             self.before = self.measurement.score("before", groups, self.pre)
 
     def restore(self) -> None:
-        """Begin again with the unedited model: its weights, and an editor that remembers nothing."""
-        self.editor.base.restore()
-        self.editor.forget()
+        """Begin again with the unedited model, at a new group of edits."""
+        self.editor.restore()
         self.run.start_group()
 
     def edit(self, batch: list[Edit], group: int, fit: Callable[[], None]) -> list[Record]:

@@ -140,6 +140,11 @@ class Editor(StagedTraining):
     def forget(self) -> None:
         """Drop all that was remembered: the weights are being restored."""
 
+    def restore(self) -> None:
+        """Begin again with the unedited model: its weights, and an editor that remembers nothing."""
+        self.base.restore()
+        self.forget()
+
     # ------------------------------------------------------------------ what an editor is given
 
     def prepare(self) -> None:
