@@ -6,7 +6,7 @@
 A row is an editor as its configs/*_almanac.yaml has it, with settings that differ; `batch_size` is the edits solved
 together, all by default. A seed chooses facts, new objects and context templates. Every run is a process of its own, so
 that its peak memory is its own. Numbers are means over the seeds with half the width of their 95 % interval (Student's
-t). Rows are printed as they come, as a Markdown table; --out keeps every run, and runs that it holds are not repeated.
+t); "residual" is how far the edited model's value is from the wanted one, relative to it. Rows are printed as they come, as a Markdown table; --out keeps every run, and runs that it holds are not repeated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ METRICS = {
     "Score": "score3",
     "Score4": "score4",
 }
+DIGITS = {"fluency": 2, "residual": 2, "s/edit": 3, "MB": 0}
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -60,7 +62,7 @@ def run(name: str, changes: dict[str, Any], edits: int, seed: int, written: int,
         trainer = EditTrainer(save_dir=folder, evaluate=False, accelerator="cpu", enable_progress_bar=False)
         trainer.callbacks = [c for c in trainer.callbacks if type(c).__name__ not in ("Console", "Figures")]  # type: ignore[attr-defined]
         trainer.fit(getattr(editors, name)(base, **settings), datamodule=data)
-        seconds = [record["seconds"] for record in trainer.run.records()]
+        records = trainer.run.records()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     metrics = scorer.new()
     scorer.update(metrics, data.edits)
@@ -71,7 +73,9 @@ def run(name: str, changes: dict[str, Any], edits: int, seed: int, written: int,
         texts = writer.new()
         writer.update(texts, data.edits[:written])
         found["fluency"] = texts.compute()["fluency"].mean
-    return {**found, "s/edit": sum(seconds) / len(seconds), "MB": peak / 1024}
+    left = [value for record in records for key, value in record.items() if key.startswith("residual/")]
+    found |= {"residual": mean(left)} if left else {}
+    return {**found, "s/edit": mean(record["seconds"] for record in records), "MB": peak / 1024}
 
 
 def parse(row: str) -> tuple[str, dict[str, Any]]:
@@ -117,9 +121,9 @@ def main() -> None:
         what = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as shipped"
         cells = []
         for column in head[2:]:
-            mean, half = interval_over_runs([found[column] for found in runs])
-            digits = 3 if column == "s/edit" else 0 if column.startswith("MB") else 2 if column == "fluency" else 1
-            cells.append(f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half and digits in (1, 2) else ""))
+            middle, half = interval_over_runs([found[column] for found in runs])
+            digits = DIGITS.get(column, 1)
+            cells.append(f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half and digits in (1, 2) else ""))
         sys.stdout.write(f"| {name} | {what} | {' | '.join(cells)} |\n")
         sys.stdout.flush()
 

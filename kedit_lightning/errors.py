@@ -6,6 +6,7 @@ else of ours; anything else that escapes is a bug in this package and keeps its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -43,3 +44,15 @@ class DeltaError(KeditError):
 
 class StatisticsError(KeditError):
     """A second-moment file is corrupt, truncated, or was made for another model, layer or dtype."""
+
+
+class RejectedError(KeditError):
+    """Edits of a batch that must not be written: a loss, a value or an update of theirs is not finite, say.
+
+    Args:
+        reasons: By the edit's place in its batch why it is rejected.
+    """
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__("; ".join(dict.fromkeys(reasons.values())))
+        self.reasons = dict(reasons)

@@ -53,6 +53,21 @@ def weight_decay(delta: Tensor, origin: Tensor) -> Tensor:
     return decay
 
 
+def scored_l1(delta: Tensor, score: Tensor, eps: float = 1e-6) -> Tensor:
+    """The weighted L1 norm of the scored elastic net: what matters little to the edit costs much (EAC Eq. 5).
+
+    Args:
+        delta: What is kept small, shape ``(n, …)``.
+        score: How much each entry matters, not negative, of the same shape; no gradient flows into it.
+        eps: Added to the scores.
+
+    Returns:
+        ``Σᵢ |δᵢ| / (scoreᵢ + eps)``, shape ``(n,)``.
+    """
+    weighted: Tensor = (delta.abs() / (score.detach() + eps)).flatten(start_dim=1).sum(dim=1)
+    return weighted
+
+
 def distance(vectors: Tensor, targets: Tensor) -> Tensor:
     """Distance between a hidden state and the one wanted there, TOP Eq. 14 (1e-6 is added to each difference).
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.checks import ascending, at_least
+from kedit_lightning.editors.compression import Compression, compressed
 from kedit_lightning.editors.losses import KLPrompt, edit_loss
 from kedit_lightning.editors.parts import Parts
 from kedit_lightning.editors.reading import Keys, read_keys, read_values
-from kedit_lightning.editors.stages import Loss, ValueDelta
+from kedit_lightning.editors.stages import Loss, Stage, ValueDelta
 from kedit_lightning.editors.training import StagedTraining
 from kedit_lightning.edits import Edit, Part, Site, Token
-from kedit_lightning.errors import KeditError
+from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.encoding import Batch
 from kedit_lightning.models.memory import require, token_budget
@@ -51,6 +52,8 @@ class Editor(StagedTraining):
         forward: ``suffix`` runs only the layers and tokens that δ can change; ``full`` the whole model, for comparison.
         max_tokens: Tokens optimised together, padding included; null: what fits into the GPU's free memory, 2048 on a
             CPU. Where memory runs out, half as many are tried. An edit's rows always stay together.
+        compress: EAC: values are optimised twice, the second time on their most important coordinates alone.
+        unconverged: What becomes of an edit whose stages ran out of steps before their stopping rule ended them.
         preset: ``paper``, or ``released`` to follow the authors' code where it differs.
 
     Raises:
@@ -75,6 +78,8 @@ class Editor(StagedTraining):
         context_templates: ContextTemplates | None = None,
         forward: Literal["suffix", "full"] = "suffix",
         max_tokens: int | None = None,
+        compress: Compression | None = None,
+        unconverged: Literal["keep", "reject"] = "keep",
         preset: Preset = "paper",
     ) -> None:
         super().__init__(base, v_lr)
@@ -94,7 +99,8 @@ class Editor(StagedTraining):
         self.statistics = statistics if mom2_adjustment and statistics else Statistics("identity")
         templates = context_templates or ContextTemplates()
         self.context_templates = replace(templates, scheme=templates.scheme or self.scheme)
-        self.preset, self.max_tokens = preset, max_tokens
+        self.preset, self.max_tokens, self.compress, self.unconverged = preset, max_tokens, compress, unconverged
+        self.kl_reference: Mapping[Site, Tensor] = {}
         self._forward = SuffixForward if forward == "suffix" else FullForward
         self.templates: list[list[str]] = []
         self.moments: dict[Site, KeyStatistics] = {}
@@ -104,9 +110,8 @@ class Editor(StagedTraining):
     @property
     def config(self) -> dict[str, Any]:
         """The settings as plain data, statistics and templates included."""
-        nested = (Statistics, ContextTemplates)
         own = {key: value for key, value in self.hparams.items() if not key.startswith("_")}  # without jsonargparse's
-        return {key: asdict(value) if isinstance(value, nested) else value for key, value in own.items()}
+        return {key: asdict(value) if is_dataclass(value) else value for key, value in own.items()}
 
     # ------------------------------------------------------------------ what an editor says
 
@@ -130,6 +135,10 @@ class Editor(StagedTraining):
         """Whether targets are tokenised on their own, as most released codes do."""
         return self.preset == "released"
 
+    def request(self, edit: Edit) -> Edit:
+        """What the rows of an edit are made from: its prompt, and its subject for "{subject} is a"."""
+        return edit
+
     def sites(self) -> list[Site]:
         """Where weights are edited and keys are read."""
         return [Site(layer, "mlp") for layer in self.layers]
@@ -147,6 +156,28 @@ class Editor(StagedTraining):
 
     # ------------------------------------------------------------------ what an editor is given
 
+    def course(self) -> Iterator[Stage]:
+        """The stages, each twice where values are compressed."""
+        return compressed(self, self.stages(), self.compress) if self.compress else self.stages()
+
+    def check_values(self) -> None:
+        """When all stages are over: refuse edits whose values cannot be written, or did not converge if asked.
+
+        Raises:
+            RejectedError: There are such edits.
+        """
+        reasons: dict[int, str] = {}
+        latest = {outcome.deltas: outcome for outcome in self.outcomes if outcome.pass_ == self.pass_}
+        for deltas, outcome in latest.items():
+            for delta in deltas:
+                broken = (~delta.delta.detach().isfinite().all(dim=1)).nonzero()[:, 0]
+                reasons |= dict.fromkeys(broken.tolist(), f"stage {outcome.stage}: δ is not finite")
+            if self.unconverged == "reject":
+                for i in (~outcome.converged).nonzero()[:, 0].tolist():
+                    reasons.setdefault(i, f"stage {outcome.stage} has not converged in {int(outcome.steps[i])} steps")
+        if reasons:
+            raise RejectedError({i: f"case {self.edits[i].case_id}: {why}" for i, why in sorted(reasons.items())})
+
     def prepare(self) -> None:
         """Once before the first edit, on the unedited model: context templates and second moments of the keys."""
         self.evaluations = 0
@@ -162,7 +193,8 @@ class Editor(StagedTraining):
         """
         if pass_ == 0:
             require(self.base, self.sites(), len(edits))
-            self.parts = Parts(self.base, edits, self.templates, self.budget, separate=self.separate_targets)
+            requests = [self.request(edit) for edit in edits]
+            self.parts = Parts(self.base, requests, self.templates, self.budget, separate=self.separate_targets)
             self.edits, self.outcomes, self.memory = edits, [], {}
         self.pass_, self.layer = pass_, self.passes()[pass_]
         self.deltas = nn.ModuleList()
@@ -199,7 +231,15 @@ class Editor(StagedTraining):
     ) -> Callable[[], Loss]:
         """The loss that seven editors share, of the edits under way; see `editors.losses.edit_loss`."""
         kl_factor = self.kl_factor if kl_factor is None else kl_factor
-        return edit_loss(self.forward_from, self.batch, deltas, kl_factor=kl_factor, kl_prompt=kl_prompt, slip=slip)
+        return edit_loss(
+            self.forward_from,
+            self.batch,
+            deltas,
+            kl_factor=kl_factor,
+            kl_prompt=kl_prompt,
+            slip=slip,
+            kl_reference=self.kl_reference,
+        )
 
     def keys(self, tokens: Mapping[Site, Token], *, bare: bool = False) -> dict[Site, Keys]:
         """Keys of all edits of the batch at tokens of sites, by one forward pass; also those of the bare prompts."""

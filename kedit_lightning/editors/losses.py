@@ -26,6 +26,7 @@ def edit_loss(
     kl_factor: float,
     kl_prompt: KLPrompt = "essence",
     slip: Tensor | None = None,
+    kl_reference: Mapping[Site, Tensor] | None = None,
 ) -> Callable[[], Loss]:
     """What evaluates ``nll + kl_factor · essence_kl + v_weight_decay · ‖δ‖/‖v₀‖²`` of m edits at their δs of that time.
 
@@ -39,6 +40,8 @@ def edit_loss(
         kl_factor: Factor of the KL.
         kl_prompt: On which prompt the KL is taken: ``essence``, "{subject} is a", or ``edit``, the bare prompt.
         slip: How far to the left of that token of "{subject} is a" the first δ and the KL are, shape ``(m,)``.
+        kl_reference: The δs, by their sites, with which the model is that the KL refers to, shape ``(m, d)``; by
+            default none.
     """
     rows, edit, m = batch.rows, batch.edit, len(batch)
     at = {delta.site: rows.at[delta.token].clone() for delta in deltas}
@@ -55,7 +58,8 @@ def edit_loss(
     read = torch.cat([line, kl_row]), torch.cat([position, kl_at])
     run = forward(rows, at)
     with torch.no_grad():
-        reference = run.logits({}, (kl_row, kl_at)).float().log_softmax(-1)
+        added = {site: delta[edit] for site, delta in (kl_reference or {}).items()}
+        reference = run.logits(added, (kl_row, kl_at)).float().log_softmax(-1)
 
     def loss() -> Loss:
         logits = run.logits({delta.site: delta.delta[edit] for delta in deltas}, read)

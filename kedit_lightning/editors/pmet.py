@@ -82,8 +82,11 @@ class PMET(MEMIT):
 
     def stages(self) -> Iterator[Stage]:
         """Both values."""
+        both = tuple(self.both.values())
+        yield Stage("v", both, self._weighed_loss, self.v_num_grad_steps, self._stop, begin=self._count_fully)
+
+    def _count_fully(self) -> None:
         self.factor = torch.full((len(self.edits),), float(self.nll_loss_factor))
-        yield Stage("v", tuple(self.both.values()), self._weighed_loss, self.v_num_grad_steps, self._stop)
 
     def _weighed_loss(self) -> Callable[[], Loss]:
         loss = self.edit_loss(*self.both.values())

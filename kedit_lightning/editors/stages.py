@@ -53,6 +53,9 @@ class ValueDelta(nn.Module):
         v_weight_decay: Factor of ``‖δ‖ / ‖v₀‖²``.
         name: Tells the δs of a loss apart in curves and records; empty where there is no need.
         written_at: The site whose output is to become v₀ + δ by the weight update; by default ``site``.
+
+    Attributes:
+        anchors: The coordinates that move, booleans of shape ``(n, d)``; None: all of them.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ValueDelta(nn.Module):
         self.clamp_norm_factor, self.v_weight_decay = clamp_norm_factor, v_weight_decay
         self._origins, self._deltas, self._shown = torch.zeros(shape), torch.zeros(shape), torch.arange(shape[0])
         self.origin, self.delta = self._origins, nn.Parameter(torch.zeros(shape))
+        self.anchors: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
@@ -89,6 +93,8 @@ class ValueDelta(nn.Module):
             origin: v₀, float32, shape ``(m, d)``.
         """
         self._origins[index], self._deltas[index] = origin.cpu(), 0.0
+        if self.anchors is not None:
+            self.anchors[index] = True
         self._shown = index[:0]
         self.show(index, origin.device)
 
@@ -98,21 +104,41 @@ class ValueDelta(nn.Module):
         self._shown, self.delta.grad = index, None
         self.origin, self.delta.data = self._origins[index].to(device), self._deltas[index].to(device)
 
+    @torch.no_grad()
+    def restrict(self, anchors: Tensor, start: Tensor) -> None:
+        """From now on only some coordinates of the edits that are shown move.
+
+        Args:
+            anchors: Which, booleans of shape ``(m, d)``.
+            start: δ from which they go on, shape ``(m, d)``; the others stay as they are there.
+        """
+        if self.anchors is None:
+            self.anchors = torch.ones_like(self._deltas, dtype=torch.bool)
+        self.anchors[self._shown] = anchors.cpu()
+        self.delta.copy_(start)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Drop the gradients of the coordinates that do not move."""
+        if self.anchors is not None and self.delta.grad is not None:
+            self.delta.grad *= self.anchors[self._shown].to(self.delta.device)
+
     def whole(self) -> None:
         """Show all n edits, in main memory."""
         self.show(torch.arange(len(self._deltas)), self._deltas.device)
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Scale every δ that is too long back to ``clamp_norm_factor · ‖v₀‖``."""
-        norm = self.delta.norm(dim=1, keepdim=True)
+        """Scale every δ that is too long back to ``clamp_norm_factor · ‖v₀‖``; what does not move does not count."""
+        moves: Tensor | bool = True if self.anchors is None else self.anchors[self._shown].to(self.delta.device)
+        norm = (self.delta * moves).norm(dim=1, keepdim=True)
         longest = self.clamp_norm_factor * self.origin.norm(dim=1, keepdim=True)
-        self.delta.copy_(torch.where(norm > longest, self.delta * (longest / norm), self.delta))
+        self.delta.copy_(torch.where((norm > longest) & moves, self.delta * (longest / norm), self.delta))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One optimisation: N loss evaluations and N − 1 updates, as every released code has it.
+    """One optimisation: N loss evaluations and N − 1 updates, as every released code but EAC's has it.
 
     Args:
         name: Prefix of its curves.
@@ -120,6 +146,10 @@ class Stage:
         prepare: Gives what evaluates the loss of the m edits under way, at their δs of that time.
         steps: Loss evaluations N at most.
         stop: Which edits are done. They take no further update.
+        compressible: Whether ``compress`` applies to it.
+        begin: Called once before its first evaluation.
+        observe: Called before each update, when the gradients are there, with which of the m edits go on, ``(m,)``.
+        updates_last: Whether an update follows the last evaluation too (EAC).
     """
 
     name: str
@@ -127,6 +157,10 @@ class Stage:
     prepare: Callable[[], Callable[[], Loss]]
     steps: int
     stop: Stop
+    compressible: bool = True
+    begin: Callable[[], None] = lambda: None
+    observe: Callable[[Tensor], None] = lambda _: None
+    updates_last: bool = False
 
 
 @dataclass
@@ -138,6 +172,7 @@ class Outcome:
         pass_: Which pass of the edit batch.
         deltas: What was optimised.
         steps: Loss evaluations each edit took, ``(n,)``.
+        converged: Whether its stopping rule ended it before its evaluations did, ``(n,)``.
         probability: The target's probability of each edit at its last loss evaluation, ``(n,)``; nan without a target.
         curves: Per loss evaluation the terms, each ``(n,)``; an edit's last entry, that of its δ, is repeated.
         residual: By δ's label how far the edited model's value is from the one wanted, relative to the latter;
@@ -148,6 +183,7 @@ class Outcome:
     pass_: int
     deltas: tuple[ValueDelta, ...]
     steps: Tensor
+    converged: Tensor
     probability: Tensor
     curves: list[Terms] = field(default_factory=list)
     residual: dict[str, Tensor] = field(default_factory=dict)
@@ -155,7 +191,8 @@ class Outcome:
     @classmethod
     def of(cls, stage: Stage, pass_: int, n: int) -> Outcome:
         """That of a stage which has not begun."""
-        return cls(stage.name, pass_, stage.deltas, torch.zeros(n, dtype=torch.long), torch.full((n,), torch.nan))
+        steps, converged = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+        return cls(stage.name, pass_, stage.deltas, steps, converged, torch.full((n,), torch.nan))
 
     def add(self, loss: Loss, index: Tensor, running: Tensor, evaluation: int) -> None:
         """Keep a loss evaluation of m edits.
@@ -182,8 +219,10 @@ class Outcome:
         found = {term: float(values[i]) for term, values in self.curves[int(self.steps[i]) - 1].items()}
         for delta in self.deltas:
             found[f"delta/{delta.label}"] = float(delta.delta[i].detach().norm() / delta.origin[i].norm())
+            if delta.anchors is not None:
+                found[f"anchors/{delta.label}"] = int(delta.anchors[i].sum())
         found |= {f"residual/{label}": float(values[i]) for label, values in self.residual.items()}
-        return {"steps": int(self.steps[i]), **found}
+        return {"steps": int(self.steps[i]), "converged": bool(self.converged[i]), **found}
 
 
 def below(threshold: float) -> Stop:

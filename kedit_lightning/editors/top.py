@@ -89,7 +89,8 @@ class TOP(ROME):
 
     def stages(self) -> Iterator[Stage]:
         """h_r*, then v*."""
-        yield Stage("h_r", (self.h_r,), self._relation_loss, self.v_num_grad_steps1, below(self.stop1))
+        steps, stop = self.v_num_grad_steps1, below(self.stop1)
+        yield Stage("h_r", (self.h_r,), self._relation_loss, steps, stop, compressible=False)
         yield Stage("v", (self.v,), self._vector_loss, self.v_num_grad_steps, below(self.stop))
 
     def _relation_loss(self) -> Callable[[], Loss]:

@@ -14,7 +14,7 @@ from kedit_lightning.data.prompts import EditBatch
 from kedit_lightning.editors.parts import Parts
 from kedit_lightning.editors.stages import Loss, Outcome, Stage, ValueDelta
 from kedit_lightning.edits import Edit
-from kedit_lightning.errors import KeditError
+from kedit_lightning.errors import RejectedError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.devices import is_out_of_memory
 from kedit_lightning.models.generation import generate
@@ -55,6 +55,14 @@ class StagedTraining(LightningModule, ABC):
     def stages(self) -> Iterator[Stage]:
         """Yield the stages in order; the code between two yields runs between the stages."""
 
+    @abstractmethod
+    def course(self) -> Iterator[Stage]:
+        """The stages as they are run."""
+
+    @abstractmethod
+    def check_values(self) -> None:
+        """Refuse what the stages have found where it must not be written."""
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam over all δs of the pass; one without gradient gets no state and does not move."""
         return torch.optim.Adam(self.deltas.parameters(), lr=self.v_lr)
@@ -87,7 +95,7 @@ class StagedTraining(LightningModule, ABC):
     def _enter_next_part(self) -> None:
         self._part += 1
         self.take_up(self.parts[self._part])
-        self._stages, self._entered = self.stages(), 0
+        self._stages, self._entered = self.course(), 0
         self._enter_next_stage()
 
     def take_up(self, part: EditBatch) -> None:
@@ -108,6 +116,7 @@ class StagedTraining(LightningModule, ABC):
             if self._part == len(self.parts) - 1:
                 for delta in self._deltas:
                     delta.whole()
+                self.check_values()
                 self.trainer.should_stop = True
             return
         mine = [outcome for outcome in self.outcomes if outcome.pass_ == self.pass_]
@@ -116,6 +125,7 @@ class StagedTraining(LightningModule, ABC):
             self.outcomes.append(mine[-1])
         self._outcome, self._evaluation = mine[self._entered], 0
         self._entered += 1
+        self._stage.begin()
         self._go_on(self._stage)
 
     def _go_on(self, stage: Stage) -> None:
@@ -143,19 +153,26 @@ class StagedTraining(LightningModule, ABC):
         self._check_finite(total)
         self._log_curves(stage.name)
         running &= ~stage.stop(loss)
-        if not running.any() or self._evaluation == stage.steps:
+        self._outcome.converged[self.batch.index] = ~running.cpu()
+        last = self._evaluation == stage.steps
+        if not running.any() or (last and not stage.updates_last):
             self._enter_next_stage()
             return
         optimizer = self._optimizer
         optimizer.zero_grad()
         self.manual_backward(total[running].sum())
+        stage.observe(running)
         before = [delta.delta.detach().clone() for delta in stage.deltas]
+        for delta in stage.deltas:
+            delta.hold()
         optimizer.step()
         for delta, old in zip(stage.deltas, before, strict=True):
             delta.clamp_()
             with torch.no_grad():
                 delta.delta.copy_(torch.where(running[:, None], delta.delta, old))
-        if 2 * int(running.sum()) <= len(running):  # to prepare the loss anew costs about half an evaluation
+        if last:
+            self._enter_next_stage()
+        elif 2 * int(running.sum()) <= len(running):  # to prepare the loss anew costs about half an evaluation
             self._leave_out_those_done(torch.nonzero(running)[:, 0])
             self._go_on(stage)
 
@@ -176,11 +193,13 @@ class StagedTraining(LightningModule, ABC):
         return optimizer
 
     def _check_finite(self, loss: Tensor) -> None:
-        broken = torch.nonzero(~loss.isfinite())
-        if len(broken):
-            case = self.batch.edits[int(broken[0])].case_id
-            msg = f"case {case}: the loss is {float(loss.detach()[broken[0]]):g} at step {self._evaluation}; "
-            raise KeditError(msg + "load the model in float32 or bfloat16, or lower v_lr")
+        reasons = {}
+        for i in torch.nonzero(~loss.isfinite())[:, 0].tolist():
+            what = f"case {self.batch.edits[i].case_id}: the loss is {float(loss.detach()[i]):g}"
+            advice = "load the model in float32 or bfloat16, or lower v_lr"
+            reasons[int(self.batch.index[i])] = f"{what} at step {self._evaluation}; {advice}"
+        if reasons:
+            raise RejectedError(reasons)
 
     def _log_curves(self, name: str) -> None:
         """Means over the edits of the part, those that are done included."""
