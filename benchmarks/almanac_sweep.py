@@ -1,4 +1,4 @@
-"""Single edits of the almanac under many settings of ROME and TOP: the table in kedit_lightning/almanac/README.md.
+"""Single edits of the almanac under many settings of ROME, TOP, RETS: the table in kedit_lightning/almanac/README.md.
 
     python benchmarks/almanac_sweep.py --edits 200 ROME TOP
     python benchmarks/almanac_sweep.py --edits 20 "ROME: {layers: [1]}" "TOP: {layers: [1], rel_feat_layer: 5}"
@@ -19,9 +19,10 @@ import torch
 import yaml
 
 from kedit_lightning.callbacks.console import quiet
+from kedit_lightning.data.bare_prompts import BarePrompts
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.prompts import ContextTemplates
-from kedit_lightning.editors import ROME, TOP
+from kedit_lightning.editors import RETS, ROME, TOP
 from kedit_lightning.metrics import Evaluation
 from kedit_lightning.models import LanguageModel, Statistics
 from kedit_lightning.trainer import EditTrainer
@@ -38,7 +39,7 @@ def shipped(name: str) -> dict[str, Any]:
 def parse(row: str) -> tuple[type[ROME], dict[str, Any]]:
     """A row of the table from the command line: ``TOP: {layers: [2], rel_feat_layer: 4}``."""
     ((name, changes),) = yaml.safe_load(row).items() if ":" in row else ((row, {}),)
-    return {"ROME": ROME, "TOP": TOP}[name], changes or {}
+    return {"ROME": ROME, "TOP": TOP, "RETS": RETS}[name], changes or {}
 
 
 def run(base: LanguageModel, editor: type[ROME], changes: dict[str, Any], edits: int, start: int) -> dict[str, Any]:
@@ -46,6 +47,8 @@ def run(base: LanguageModel, editor: type[ROME], changes: dict[str, Any], edits:
     settings = {**shipped(f"{editor.__name__.lower()}_almanac"), **changes}
     settings["context_templates"] = ContextTemplates(**settings.pop("context_templates", {}))
     settings["statistics"] = Statistics(**settings["statistics"])
+    if "constraint" in settings:
+        settings["constraint"] = BarePrompts(**settings["constraint"])
     base.restore()
     with tempfile.TemporaryDirectory() as folder:
         trainer = EditTrainer(

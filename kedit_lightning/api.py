@@ -20,6 +20,7 @@ from kedit_lightning import delta as delta_files
 from kedit_lightning import editors
 from kedit_lightning.callbacks.console import NOISE, Console
 from kedit_lightning.callbacks.figures import Figures
+from kedit_lightning.callbacks.sequence import SequenceCurve
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
@@ -180,7 +181,7 @@ def _callbacks(trainer: EditTrainer, show_progress: bool, kept: bool) -> Iterato
         if isinstance(callback, Console):
             if show_progress:
                 yield callback if kept else _ConsoleOfNoRun()
-        elif kept or not isinstance(callback, Figures):
+        elif kept or not isinstance(callback, Figures | SequenceCurve):
             yield callback
 
 

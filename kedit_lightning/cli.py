@@ -29,6 +29,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     command = args[0] if args else "--help"
+    if not command.startswith("-"):
+        args[0] = command = command.replace("-", "_")  # tune-gamma
     threading.excepthook = _thread_failed
     try:
         if command in ("-h", "--help"):
@@ -80,7 +82,8 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 def _interrupted(command: str) -> NoReturn:
     kept = {
-        "fit": "; edits that were committed are in the run directory",
+        "fit": "; edits that were committed are in the run directory, from which `kedit fit --resume` goes on",
+        "compare": "; what was done is kept, and the same command goes on from there",
         "scale": "; what was measured is in the run directory, and the same command goes on from there",
     }
     fail(f"interrupted{kept.get(command, '')}", 130)

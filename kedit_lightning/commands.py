@@ -1,24 +1,26 @@
-"""What `kedit` does beside training: apply a delta, revert edits. Docstrings and signatures are the command line."""
+"""What `kedit` does beside training: apply a delta, undo edits. Docstrings and signatures are the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from rich import get_console
+from rich.text import Text
 
 from kedit_lightning import delta as delta_files
-from kedit_lightning.delta import WeightDelta
 from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.export import refuse_occupied, write_lora, write_model
+from kedit_lightning.lines import Record
+from kedit_lightning.metrics.generation import says
 from kedit_lightning.models import Architecture, LanguageModel
 from kedit_lightning.models.language_model import Dtype
-from kedit_lightning.report import count
-from kedit_lightning.run import COMMITS, Commit, RunDirectory, newest, read_deltas
-
-SHOWN = 10
-"""Case ids that a message lists at most."""
+from kedit_lightning.remeasurement import Remeasurement, changed
+from kedit_lightning.report import asked, count, edit_line, quoted, table
+from kedit_lightning.reverting import SHOWN, undo
+from kedit_lightning.run import COMMITS, RunDirectory, newest, read_deltas
+from kedit_lightning.writing import write_beside
 
 
 def apply(
@@ -59,70 +61,82 @@ def apply(
 def revert(
     run_dir: Path,
     *,
-    out: Path,
-    edit: int | None = None,
+    edit: str | None = None,
+    commit: int | None = None,
+    out: Path | None = None,
+    no_evaluate: bool = False,
     model: str | None = None,
     dtype: Dtype | None = None,
     architecture: Architecture | None = None,
 ) -> None:
-    """Write the model of a run without one edit, or without any.
+    """Undo an edit of a run, and measure what changes; the run itself stays as it is.
 
     The weights are the pristine ones plus the other edits in their order, so that nothing of the undone edit is left.
-    Edits made after it stay as they were solved, on a model that held it.
+    Edits made after it stay as they were solved, on a model that held it. The result is a delta file, which `kedit
+    apply`, `kedit test` and `kedit predict` take, with the measurements beside it as JSON; or a checkpoint.
 
     Args:
         run_dir: The run directory, or the folder of its versions (the newest is taken).
-        out: Folder to write; new or empty.
-        edit: Case id of the edit to undo, as in edits.jsonl; default: all of them.
+        edit: The edit to undo: its case id, or @ and its number in the sequence, as `kedit log` lists it (@0 is the
+            first), where a case id comes several times.
+        commit: Number of a commit to undo with all its edits, for edits that were solved together.
+        out: What to write: a delta file (*.safetensors), or a folder, new or empty, for a Hugging Face checkpoint;
+            default: a delta file in RUN_DIR/reverted. Without an edit and a commit all is undone, and this needed.
+        no_evaluate: Do not measure the edits, with and without what is undone, as the run's config.yaml says.
         model: The base model that was edited, a Hugging Face name or a path; default: where the run found it.
         dtype: Type of the weights; default: that of the run.
         architecture: Where the sub-blocks live, for a family outside the table.
 
     Raises:
-        KeditError: The edit is unknown or was solved together with others, the model is another one, or the folder
-            cannot be written.
+        KeditError: The edit is unknown or was solved together with others, the model is another one, what was edited
+            cannot be read again, or the place cannot be written to.
     """
-    refuse_occupied(out)
-    run = RunDirectory(newest(run_dir, COMMITS))
-    standing = run.standing()
-    kept = [] if edit is None else _without(edit, run, standing)
-    deltas, metadata = [delta for _, updates, _ in standing for delta in updates], standing[-1][2]
-    base = _base(run_dir, metadata, model, dtype, architecture)
-    delta_files.check(base, deltas, metadata, run_dir)
-    write_model(base, kept, out)
-    what = "without any edit" if edit is None else f"without edit {edit}"
-    if edit is not None and not kept:
-        what += ", the only one that the run ended with"
-    _say(f"{out}: {_called(base)} {what}, a Hugging Face checkpoint")
-
-
-def _without(case: int, run: RunDirectory, standing: Sequence[Commit]) -> list[WeightDelta]:
-    """The updates of all commits but those of one case, in order."""
-    kept: list[WeightDelta] = []
-    found = False
-    for number, updates, metadata in standing:
-        cases = metadata["case_ids"]
-        if case not in cases:
-            kept += updates
-        elif others := [other for other in cases if other != case]:
-            msg = (
-                f"{run.path}: case {case} was solved together with {_listed(others)} (commit {number}) and cannot be "
-                "undone alone; edit again without it, or with batch_size 1"
-            )
-            raise KeditError(msg)
-        else:
-            found = True
-    if not found:
-        known = [known for metadata in run.metadata() for known in metadata["case_ids"]]
-        msg = f"{run.path}: no edit has case id {case}; there are {_listed(known)}"
-        if case in known:
-            held = [held for _, _, metadata in standing for held in metadata["case_ids"]]
-            msg = (
-                f"{run.path}: case {case} is not in the model that the run ended with, which holds {_listed(held)}: "
-                "the weights were restored after it"
-            )
+    everything = edit is None and commit is None
+    if everything and out is None:
+        msg = "expected what to undo: --edit ID or --commit N, as `kedit log` lists them; with --out alone it is all"
         raise KeditError(msg)
-    return kept
+    run = RunDirectory(newest(run_dir, COMMITS))
+    file = out is None or out.suffix == ".safetensors"
+    if out is not None and file and out.exists():
+        msg = f"{out}: expected a new file to write, and this one is there already; give another one"
+        raise KeditError(msg)
+    if out is not None and not file:
+        refuse_occupied(out)
+    reverted = undo(run, edit, commit)
+    remeasurement = None if no_evaluate or everything else Remeasurement(run, reverted)
+    base = _base(run_dir, reverted.metadata, model, dtype, architecture)
+    delta_files.check(base, reverted.standing, reverted.metadata, run_dir)
+    out = out or run.path / "reverted" / f"{reverted.name}.safetensors"
+    if file:
+        delta_files.save(out, reverted.kept, reverted.metadata)
+    else:
+        write_model(base, reverted.kept, out)
+    _say(f"{out}: {_called(base)} {reverted.described}, a {'delta file' if file else 'Hugging Face checkpoint'}")
+    if remeasurement is None:
+        return
+    report = remeasurement.measure(base)
+    if file:
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        write_beside(out.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"))
+    _show_change(reverted.described, report)
+
+
+def _show_change(described: str, report: Record) -> None:
+    """What was undone, whose success changed, and the metrics of the edits that stay."""
+    console, others = get_console(), report["others"]
+    for line in report["undone"][:SHOWN]:
+        before, after, unedited = (quoted(line[f"answer_{when}"]) for when in ("before", "after", "unedited"))
+        back = (", as unedited", "green") if after == unedited else (f", unedited {unedited}", "yellow")
+        console.print(Text.assemble("undone: ", asked(line), f": {before} → {after}", back), soft_wrap=True)
+    if (left := len(report["undone"]) - SHOWN) > 0:
+        console.print(f"and {left} more", highlight=False)
+    if not others:
+        return
+    flipped = changed(report)
+    _say(f"{len(flipped) or 'none'} of the other {count(len(others))} changed in success{':' * bool(flipped)}")
+    for line in flipped:
+        console.print(edit_line(line, says(line["answer_after"], line["target_new"])), soft_wrap=True)
+    console.print(table([(described, report)], console.width))
 
 
 def _base(
@@ -148,11 +162,6 @@ def _is_almanac(name: str) -> bool:
 
 def _called(base: LanguageModel) -> str:
     return "almanac" if _is_almanac(base.name_or_path) else base.name_or_path
-
-
-def _listed(cases: Sequence[int]) -> str:
-    more = f" and {len(cases) - SHOWN} more" if len(cases) > SHOWN else ""
-    return f"case{'s' * (len(cases) > 1)} {', '.join(str(case) for case in cases[:SHOWN])}{more}"
 
 
 def _say(line: str) -> None:

@@ -81,8 +81,8 @@ def _balanced(delta: WeightDelta) -> tuple[Tensor, Tensor]:
     """A of shape ``(r, in)`` and B of shape ``(out, r)`` with ``B A = Δ``, equally long rank by rank."""
     if delta.left is None or delta.right is None:
         msg = (
-            f"the update of {delta.name} is dense: its rank is too high for a LoRA adapter to be smaller than the "
-            "matrix; write a checkpoint with --format hf"
+            f"the update of {delta.name} is dense: a LoRA adapter holds updates of matrices whose rank is low enough "
+            "for it to be smaller; write a checkpoint with --format hf"
         )
         raise DeltaError(msg)
     left, right = delta.left.double(), delta.right.double()

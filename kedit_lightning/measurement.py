@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +13,9 @@ import torch
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
-from kedit_lightning.metrics import EditMetrics, Evaluator, paper_names
-from kedit_lightning.run import Record
+from kedit_lightning.lines import Lines
+from kedit_lightning.metrics import EditMetrics, Evaluator, Reference, eac_names, paper_names
+from kedit_lightning.run import BEFORE, Record
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
@@ -35,7 +37,32 @@ class Measurement:
         editor.base.to(trainer.strategy.root_device)
         self.evaluator = Evaluator(editor.base, trainer.evaluation, datamodule.reference_texts())
 
-    def score(self, title: str, groups: Sequence[Sequence[Edit]], metrics: EditMetrics) -> list[Record]:
+    def before(self, groups: Sequence[Sequence[Edit]]) -> list[Record]:
+        """Measure the unedited model, once in a run: what it answers, and what specificity and locality refer to.
+
+        Args:
+            groups: Edits that the model will hold together.
+
+        Returns:
+            For each edit ``answer``, ``before`` (its metrics) and its `Reference`, a line of before.jsonl.
+        """
+        edits, kept = [edit for group in groups for edit in group], Lines(self.run.path / BEFORE)
+        if not kept.path.is_file():
+            lines: list[Record] = [{"answer": answer, "before": {}} for answer in self.evaluator.answers(edits)]
+            if self.trainer.evaluate:
+                references = self.evaluator.references(edits)
+                scores = self.score("before", groups, self.evaluator.new())
+                for line, found, reference in zip(lines, scores, references, strict=True):
+                    line |= {"before": found, **asdict(reference)}
+            self.run.write_lines(BEFORE, lines)
+        lines = kept.records()
+        names = [field.name for field in fields(Reference)]
+        self.evaluator.refer_to(edits, [Reference(*(line.get(name, ()) for name in names)) for line in lines])
+        return lines
+
+    def score(
+        self, title: str, groups: Sequence[Sequence[Edit]], metrics: EditMetrics, *, texts: bool = True
+    ) -> list[Record]:
         """Add edits to metrics; their values, a record an edit.
 
         Args:
@@ -44,6 +71,7 @@ class Measurement:
                 as unrelated, so groups are kept apart, unless no subject comes twice: then all are scored at once,
                 which is faster.
             metrics: What they are added to.
+            texts: Whether the model is also let write, where the settings say so.
         """
         edits = [edit for group in groups for edit in group]
         if len({edit.subject for edit in edits}) == len(edits):
@@ -55,7 +83,7 @@ class Measurement:
             self.trainer.tell("on_evaluation_progress", len(records) + done)
 
         for group in groups:
-            records += self.evaluator.update(metrics, group, progress)
+            records += self.evaluator.update(metrics, group, progress, texts=texts)
         self.trainer.tell("on_evaluation_end")
         return records
 
@@ -80,14 +108,15 @@ class Measurement:
         """
         self.trainer.tell("on_evaluation_end")
         self.name = protocol
-        return self.finish(self._scored, **{when: self._metrics})
+        return self.finish(self._scored, {when: self._metrics})
 
-    def finish(self, edits: int, **metrics: EditMetrics) -> Record:
+    def finish(self, edits: int, metrics: Mapping[str, EditMetrics], rejected: int = 0) -> Record:
         """Write metrics.json, show and log it.
 
         Args:
             edits: Number of edits.
             metrics: ``pre`` and ``post``, or one of them.
+            rejected: How many edits were rejected; they are measured like the others.
 
         Returns:
             The report.
@@ -96,7 +125,10 @@ class Measurement:
         names: Record = {"name": self.name or self.datamodule.protocol_name}
         if summaries:
             names["scores"] = paper_names({name for found in summaries.values() for name in found})
+            names["eac"] = eac_names()
         report: Record = {"editor": type(self.editor).__name__, "edits": edits, "protocol": names | self.protocol}
+        if rejected:
+            report["rejected"] = rejected
         for when, found in summaries.items():
             report[when] = {name: summary.as_dict() for name, summary in found.items()}
             means = {f"{when}/{name}": s.mean for name, s in found.items() if not math.isnan(s.mean)}

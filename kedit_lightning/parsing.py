@@ -47,7 +47,7 @@ def _keys(parser: ArgumentParser) -> Iterator[str]:
                 yield from _keys(command)
 
 
-class _ConfigFile(ActionConfigFile):
+class ConfigFile(ActionConfigFile):
     """A configuration file, which is named if it cannot be read."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *value: Any) -> None:
@@ -69,7 +69,7 @@ class OneLineCLI(LightningCLI):
         kwargs.setdefault("dump_header", [f"kedit_lightning=={__version__}"])
         parser = _EditParser(**kwargs)
         parser.add_argument(
-            "-c", "--config", action=_ConfigFile, help="Path of a configuration; may be given repeatedly."
+            "-c", "--config", action=ConfigFile, help="Path of a configuration; may be given repeatedly."
         )
         return parser
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from kedit_lightning.errors import KeditError
-from kedit_lightning.run import newest
-from kedit_lightning.writing import write_beside
 
 Report = dict[str, Any]
 """What metrics.json holds."""
@@ -43,11 +36,14 @@ TEXTS = ("fluency", "consistency")
 STREAM = ("name", "batch_size", "restore_every", "torch")
 """What the protocol says about the edits; a base model's numbers do not depend on it."""
 
-NAMES = ("name", "scores")
+NAMES = ("name", "scores", "eac")
 """What the protocol says in words; the other entries say it in full."""
 
-LABEL_WIDTH, COLUMN_WIDTH = 26, 16
-"""Columns of the terminal that the names of the metrics take at least, and a number with its interval."""
+HARDLY_WRITTEN = 0.5
+"""Share of a value's change, ``residual / delta``, that is missing where an edit counts as hardly written."""
+
+LABEL_WIDTH, COLUMN_WIDTH, MEAN_WIDTH = 26, 16, 9
+"""Columns of the terminal that the names of the metrics take at least, a number with its interval, and one without."""
 
 MIN_WIDTH = 76
 """Narrower terminals get means without their intervals."""
@@ -78,11 +74,9 @@ def table(reports: Sequence[tuple[str, Report]], width: int = 100) -> Table:
             columns += [(f"{name} raw", report["pre"])] if "pre" in report else []
             columns += [(name, report["post"])] if "post" in report else []
     change = len(reports) == 1 and len(columns) == 2
-    intervals = width >= MIN_WIDTH
+    intervals = width >= max(MIN_WIDTH, LABEL_WIDTH + COLUMN_WIDTH * len(columns))
     found = Table(title=title(reports), title_justify="left", caption_justify="left", box=box.HORIZONTALS)
     found.caption = "× 100" + (", ± 95 % interval" if intervals else "")
-    if any("scores" in report["protocol"] for _, report in reports):
-        found.caption += "\nJEEP: ES efficacy, GS generalization, LS S-specificity, Score of three"
     found.add_column("", overflow="fold", min_width=14)
     for name, _ in columns:
         found.add_column(name, justify="right", no_wrap=intervals)
@@ -99,16 +93,16 @@ def table(reports: Sequence[tuple[str, Report]], width: int = 100) -> Table:
 
 
 def side_by_side(reports: Sequence[tuple[str, Report]], width: int) -> Iterator[Sequence[tuple[str, Report]]]:
-    """The reports in groups of as many as a table of this width has room for, beside the raw model or models.
+    """The reports in groups of as many as a table of this width has room for, without intervals where need be.
 
     >>> runs = [(name, {"protocol": {}, "edits": edits, "pre": {}}) for name, edits in (("a", 1), ("b", 1), ("c", 1))]
-    >>> [len(group) for group in side_by_side(runs, 80)], [len(group) for group in side_by_side(runs, 100)]
-    ([2, 1], [3])
+    >>> [len(group) for group in side_by_side(runs, 50)], [len(group) for group in side_by_side(runs, 80)]
+    ([1, 1, 1], [3])
     >>> runs[2] = ("c", {"protocol": {}, "edits": 2, "pre": {}})
-    >>> [len(group) for group in side_by_side(runs, 80)], [len(group) for group in side_by_side(runs, 100)]
-    ([1, 1, 1], [2, 1])
+    >>> [len(group) for group in side_by_side(runs, 50)], [len(group) for group in side_by_side(runs, 80)]
+    ([1, 1, 1], [3])
     """
-    places, shared = (width - LABEL_WIDTH) // COLUMN_WIDTH, same_raw(reports)
+    places, shared = (width - LABEL_WIDTH) // MEAN_WIDTH, same_raw(reports)
     n = max(1, places - 1 if shared else places // 2)
     for start in range(0, len(reports), n):
         yield reports[start : start + n]
@@ -163,39 +157,6 @@ def differences(reports: Sequence[tuple[str, Report]]) -> str:
     return "" if same_raw(reports) else "The runs are of different edits: there is no common raw model."
 
 
-def show(runs: Sequence[Path], *, out: Path | None = None, console: Console | None = None) -> None:
-    """Print the results of runs side by side.
-
-    Args:
-        runs: Run directories, or folders of their versions (the newest is taken).
-        out: A file that the table is written to as well.
-        console: Where to print; standard output by default.
-
-    Raises:
-        KeditError: A path is no run directory, or has no results.
-    """
-    reports = [_read(Path(run)) for run in runs]
-    if not reports:
-        msg = "expected at least one run directory, such as lightning_logs/edits/version_0"
-        raise KeditError(msg)
-    named = list(zip(_names(runs, reports), reports, strict=True))
-
-    def write(console: Console) -> None:
-        for part in side_by_side(named, console.width):
-            console.print(table(part, console.width))
-        if note := differences(named):
-            console.print(Text(note, "yellow"))
-
-    write(console or Console(highlight=False))
-    if out is not None:
-
-        def to_file(path: Path) -> None:
-            with path.open("w", encoding="utf-8") as file:
-                write(Console(file=file, width=160, highlight=False, force_terminal=False))
-
-        write_beside(out, to_file)
-
-
 def edit_line(record: Report, said: bool) -> Text:
     """✓ or ✗, what was asked, the answers before and after, and what was wanted.
 
@@ -204,18 +165,47 @@ def edit_line(record: Report, said: bool) -> Text:
         said: Whether the answer after is the one wanted; an edit also worked if that one is likelier than the former.
     """
     worked = said or record["after"].get("efficacy") == 1
-    start, _, end = record["prompt"].partition("{}")
     return Text.assemble(
         ("✓ ", "bold green") if worked else ("✗ ", "bold red"),
-        printable(start),
-        (printable(record["subject"]), "bold"),
-        f"{printable(end)}: ",
+        question := asked(record),
+        " " if question.plain.endswith(":") else ": ",
         (quoted(record["answer_before"]), "dim"),
         " → ",
         (quoted(record["answer_after"]), "green" if said else "yellow" if worked else "red"),
         (f", wanted {quoted(record['target_new'])}", "dim"),
         f" (likelier now than {quoted(record['target_true'])})" if worked and not said else "",
+        f"; {why}" if not worked and (why := failure(record)) else "",
     )
+
+
+def failure(record: Report) -> str:
+    """Why an edit did not work, as far as its line of edits.jsonl tells; empty where it does not.
+
+    >>> failure({"stages": [{"stage": "v", "steps": 25, "converged": False, "nll": 3.2}]})
+    'its values were not found (stage v: nll 3.2 after 25 steps)'
+    >>> failure({"stages": [{"stage": "z", "converged": True, "delta/block": 0.8, "residual/block": 0.6}]})
+    'its values were found and hardly written (about 75% of the change is missing)'
+    """
+    stages = record.get("stages", [])
+    for stage in stages:
+        if not stage.get("converged", True):
+            nll = f"nll {stage['nll']:.2g} " if "nll" in stage else ""
+            return f"its values were not found (stage {stage['stage']}: {nll}after {stage['steps']} steps)"
+    missing = [
+        left / stage[name.replace("residual", "delta")]
+        for stage in stages
+        for name, left in stage.items()
+        if name.startswith("residual/") and stage.get(name.replace("residual", "delta"))
+    ]
+    if missing and max(missing) > HARDLY_WRITTEN:
+        return f"its values were found and hardly written (about {min(max(missing), 1):.0%} of the change is missing)"
+    return ""
+
+
+def asked(record: Report) -> Text:
+    """The edited prompt of a line of edits.jsonl, its subject in bold."""
+    start, _, end = record["prompt"].partition("{}")
+    return Text.assemble(printable(start), (printable(record["subject"]), "bold"), printable(end))
 
 
 def quoted(text: str) -> str:
@@ -226,36 +216,6 @@ def quoted(text: str) -> str:
 def printable(text: str) -> str:
     """One line without control characters."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
-
-
-def _read(run: Path) -> Report:
-    path = newest(run, "metrics.json") / "metrics.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = "it has no metrics.json (unfinished?)" if run.is_dir() else "there is no such directory"
-        msg = f"{run}: expected a run directory such as lightning_logs/edits/version_0, but {reason}"
-        raise KeditError(msg) from error
-    except ValueError as error:
-        msg = f"{path}: expected JSON as a run leaves it, got {error}"
-        raise KeditError(msg) from error
-    missing = [key for key in ("editor", "edits", "protocol") if not isinstance(report, dict) or key not in report]
-    if missing or not ("pre" in report or "post" in report):
-        msg = f"{path}: expected the results of a run, found no {missing[0] if missing else 'pre or post'}"
-        raise KeditError(msg)
-    found: Report = report
-    return found
-
-
-def _names(runs: Sequence[Path], reports: Sequence[Report]) -> list[str]:
-    """The editors' names; with as much of the path as tells them apart."""
-    editors = [str(report["editor"]) for report in reports]
-
-    def choices() -> Iterator[list[str]]:
-        yield editors
-        yield [f"{editor} {run.name}" for editor, run in zip(editors, map(Path, runs), strict=True)]
-
-    return next((names for names in choices() if len(set(names)) == len(names)), [str(run) for run in runs])
 
 
 def _change(before: Report | None, after: Report | None) -> Text:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,26 @@ from torch import Tensor
 from kedit_lightning import delta as delta_files
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.errors import DeltaError, KeditError
+from kedit_lightning.lines import Lines, as_lines
+from kedit_lightning.lines import Record as Record
 from kedit_lightning.writing import unwritable, write_beside
 
-Record = dict[str, Any]
 Commit = tuple[int, list[WeightDelta], Record]
 COMMITS = "deltas/[0-9]*.safetensors"
 """Where the commits of a run lie in its directory."""
+CONFIG, SETTINGS, CONTEXTS, BEFORE, LOCK = "config.yaml", "run.json", "contexts.json", "before.jsonl", "run.lock"
+PREPARED = (CONFIG, SETTINGS, CONTEXTS, BEFORE, LOCK)
+"""What is written before the first edit."""
+BESIDE = ".*.[0-9]*"
+"""Files that were being written beside their place when the process was killed."""
 
 
 class RunDirectory:
     """``lightning_logs/NAME/version_N``: config.yaml, deltas/, edits.jsonl, metrics.json and what the trainer adds.
 
-    A commit's delta file *is* its record: it is written beside, flushed and renamed. edits.jsonl is appended to and
-    flushed; a line cut off by a crash is dropped when the file is read or appended to. Lines that are to replace others
-    are first written to a file of their own (the journal), from which an interrupted replacement is made good.
+    A commit is its delta file, written beside, flushed and renamed, and then its lines of edits.jsonl, appended and
+    flushed: it is durable when both are there, and `recover` undoes what a crash has left of others. An edit that was
+    rejected has a line too, whose ``commit`` is null and whose ``rejected`` says why.
 
     Args:
         path: The directory; made when something is first written.
@@ -37,9 +43,9 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.edits = path / "edits.jsonl"
-        self._journal = path / ".edits.journal"
-        self._group_start = 0
-        self._size: int | None = None
+        self.lines = Lines(self.edits)
+        self.checkpoints = Lines(path / "checkpoints.jsonl")
+        self.health = Lines(path / "health.jsonl")
 
     # ------------------------------------------------------------------ writing
 
@@ -61,15 +67,27 @@ class RunDirectory:
         try:
             yield
         except BaseException:
-            (self.path / "contexts.json").unlink(missing_ok=True)
+            for name in PREPARED:
+                (self.path / name).unlink(missing_ok=True)
             for folder in (deltas, self.path):
                 with suppress(OSError):  # TensorBoard has begun its file
                     folder.rmdir()
             raise
 
-    def start_group(self) -> None:
-        """Remember where the lines of the edits since the last restoration begin."""
-        self._group_start = self._end()
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out for as long as the context lasts; the system lifts the lock of one that dies.
+
+        Raises:
+            KeditError: Another process is at work in the directory.
+        """
+        with (self.path / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                msg = f"{self.path}: another process is at work on this run; wait until it has ended"
+                raise KeditError(msg) from error
+            yield
 
     def commit(
         self,
@@ -87,48 +105,44 @@ class RunDirectory:
         file = self._file(number)
         delta_files.save(file, deltas, metadata, memory)
         try:
-            self._write_at(self._end(), _as_lines(records))
+            self.lines.append(records)
         except BaseException:  # an interrupt too: the trainer rolls the weights back, so the commit goes as well
             file.unlink()
             raise
 
-    def complete_group(self, records: Sequence[Record]) -> None:
-        """Write the lines of the edits since the last restoration again, now with what was measured after.
+    def recover(self, sizes: Sequence[int]) -> list[Record]:
+        """Cut the run back to its last durable edit batch.
 
-        Raises:
-            KeditError: The disk is full; the lines are then still there as they were committed.
+        Args:
+            sizes: Number of edits in each batch of the stream.
+
+        Returns:
+            The lines of the batches that are done.
         """
-        content = {"start": self._group_start, "lines": _as_lines(records).decode()}
-        write_beside(self._journal, lambda path: path.write_text(json.dumps(content), encoding="utf-8"))
-        self._write_at(self._group_start, _as_lines(records))
-        self._journal.unlink()
+        done, lines = 0, self.lines.records()
+        for size in sizes:
+            if done + size > len(lines):
+                break
+            done += size
+        commits = [line["commit"] for line in lines[:done] if line["commit"] is not None]
+        if commits and not self._durable(commits[-1]):
+            done = next(i for i, line in enumerate(lines) if line["commit"] == commits[-1])
+            done = max(end for end in accumulate(sizes, initial=0) if end <= done)
+        self.lines.cut(done)
+        for measured in (self.checkpoints, self.health):
+            measured.cut(sum(line["edits"] <= done for line in measured.records()))
+        kept = {self._file(line["commit"]) for line in lines[:done] if line["commit"] is not None}
+        left = (file for folder in (self.path, self.path / "deltas") for file in folder.glob(BESIDE))
+        for file in {*self.path.glob(COMMITS), *left} - kept:
+            file.unlink()
+        return lines[:done]
 
-    def _end(self) -> int:
-        """Size of edits.jsonl in bytes; the first call makes good what a crash has left."""
-        if self._size is None:
-            lines = self._lines()
-            if self.edits.is_file() and lines != self.edits.read_bytes():
-                write_beside(self.edits, lambda path: path.write_bytes(lines))
-            self._journal.unlink(missing_ok=True)
-            self._size = len(lines)
-        return self._size
-
-    def _write_at(self, start: int, content: bytes) -> None:
-        """Let edits.jsonl be its first bytes, then this content; without the content if that fails."""
+    def _durable(self, number: int) -> bool:
         try:
-            with self.edits.open("ab", buffering=0) as file:
-                file.truncate(start)
-                self._size = start
-                try:
-                    if file.write(content) < len(content):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())
-                except BaseException:
-                    file.truncate(start)
-                    raise
-                self._size = start + len(content)
-        except OSError as error:
-            raise unwritable(self.edits, error) from error
+            self._load(number)
+        except DeltaError:
+            return False
+        return True
 
     def write_json(self, name: str, content: Any) -> None:  # noqa: ANN401 - JSON
         """Write a JSON file beside its place, then rename it there."""
@@ -137,21 +151,26 @@ class RunDirectory:
 
     def write_lines(self, name: str, records: Sequence[Record]) -> None:
         """Write a JSONL file beside its place, then rename it there."""
-        write_beside(self.path / name, lambda path: path.write_bytes(_as_lines(records)))
+        write_beside(self.path / name, lambda path: path.write_bytes(as_lines(records)))
 
     # ------------------------------------------------------------------ reading
 
     def records(self) -> list[Record]:
         """The lines of edits.jsonl; a truncated last one is left out."""
-        return [json.loads(line) for line in self._lines().splitlines()]
+        return self.lines.records()
 
-    def _lines(self) -> bytes:
-        """The whole lines of edits.jsonl, a replacement that was interrupted made good."""
-        data = self.edits.read_bytes() if self.edits.is_file() else b""
-        if self._journal.is_file():
-            journal = json.loads(self._journal.read_text(encoding="utf-8"))
-            data = data[: journal["start"]] + journal["lines"].encode()
-        return data[: data.rfind(b"\n") + 1]
+    def read_json(self, name: str) -> Any:  # noqa: ANN401 - JSON
+        """What a JSON file of the run says; None where there is none.
+
+        Raises:
+            KeditError: It is damaged.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError as error:
+            msg = f"{path}: expected JSON, and it is damaged ({error}); take another copy, or run again"
+            raise KeditError(msg) from error
 
     def commits(self) -> list[Commit]:
         """Number, updates and metadata of every commit, in order.
@@ -175,13 +194,34 @@ class RunDirectory:
         Raises:
             DeltaError: This is no run directory, or a file of it is corrupt.
         """
+        numbers, lines = self._numbers(), self.records()
+        group = lines[-1].get("group") if lines else None  # where all its edits are rejected, none stands
         commits: list[Commit] = []
-        for number in reversed(self._numbers()):
+        for number in reversed(numbers):
             metadata = delta_files.load_metadata(self._file(number))
-            if commits and metadata["group"] != commits[0][2]["group"]:
+            if group is None:
+                group = metadata["group"]
+            if metadata["group"] != group:
                 break
             commits.append(self._load(number))
         return commits[::-1]
+
+    def load(self, number: int) -> tuple[list[WeightDelta], Record, dict[str, Tensor]]:
+        """Updates and metadata of a commit, and what the editor remembered of it.
+
+        Raises:
+            DeltaError: The file is missing or corrupt.
+        """
+        file = self._file(number)
+        return (*delta_files.load(file), delta_files.load_memory(file))
+
+    def last_metadata(self) -> Record:
+        """Metadata of the last commit, whether the model still holds it or not.
+
+        Raises:
+            DeltaError: This is no run directory, or a file of it is corrupt.
+        """
+        return delta_files.load_metadata(self._file(self._numbers()[-1]))
 
     def _file(self, number: int) -> Path:
         return self.path / "deltas" / f"{number:06d}.safetensors"
@@ -225,10 +265,7 @@ def read_deltas(path: Path) -> tuple[list[WeightDelta], Record]:
     """
     if not path.is_dir():
         return delta_files.load(path)
-    standing = RunDirectory(newest(path, COMMITS)).standing()
+    run = RunDirectory(newest(path, COMMITS))
+    standing = run.standing()
     case_ids = [case for _, _, metadata in standing for case in metadata["case_ids"]]
-    return [delta for _, deltas, _ in standing for delta in deltas], {**standing[-1][2], "case_ids": case_ids}
-
-
-def _as_lines(records: Sequence[Record]) -> bytes:
-    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+    return [delta for _, deltas, _ in standing for delta in deltas], {**run.last_metadata(), "case_ids": case_ids}

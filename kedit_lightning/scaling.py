@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import random
@@ -16,6 +14,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
+from rich.table import Table
 from rich.text import Text
 
 from kedit_lightning.callbacks.console import Console
@@ -25,14 +25,14 @@ from kedit_lightning.data.protocols import without_conflicts
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
-from kedit_lightning.logger import EditLogger
+from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import curve, paper_names
 from kedit_lightning.models.fingerprint import fingerprint
-from kedit_lightning.report import STREAM
+from kedit_lightning.report import COLUMN_WIDTH, MEAN_WIDTH, STREAM, cell
 from kedit_lightning.report import count as in_words
-from kedit_lightning.run import Record, RunDirectory, newest
-from kedit_lightning.writing import write_beside
+from kedit_lightning.run import newest
+from kedit_lightning.writing import write_csv
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
@@ -42,6 +42,8 @@ SEEDS = [0, 1, 2]
 
 SETTINGS, POINTS = "scaling.json", "scaling.jsonl"
 """What a scaling run is of, and a line a measured point (the first: the unedited model)."""
+
+JEEP_NAMES = "JEEP's names: ES efficacy, GS generalization, LS S-specificity, Score of the three"
 
 
 def log_scale(available: int) -> list[int]:
@@ -121,6 +123,8 @@ class Scaling:
                 self.editor.base.restore()
                 for console in self._consoles:
                     console.close()
+        for console in self._consoles if self._points() else []:
+            console.out.print(scaling_table(self.trainer.run.path, console.out.width))
         self._say(f"run directory {self.trainer.run.path}")
         return curve(self._points())
 
@@ -169,14 +173,10 @@ class Scaling:
 
     def _go_on(self) -> None:
         """Take the newest version that holds a scaling run, if there is one."""
-        trainer, logger = self.trainer, self.trainer.edit_logger
-        found = newest(Path(logger.root_dir), SETTINGS)
+        trainer = self.trainer
+        found = newest(Path(trainer.edit_logger.root_dir), SETTINGS)
         if (found / SETTINGS).is_file():
-            trainer.edit_logger = EditLogger(
-                str(logger.save_dir), name=str(logger.name), version=found.name, default_hp_metric=False
-            )
-            trainer.logger = trainer.edit_logger
-            trainer.run = RunDirectory(found)
+            trainer.turn_to(found)
 
     def _settings(self) -> Record:
         """What the points depend on; points of different settings never share a directory."""
@@ -190,7 +190,7 @@ class Scaling:
             "editor": type(editor).__name__,
             "base": base.name_or_path,
             "edits": hashlib.sha256(repr(self.edits).encode()).hexdigest(),
-            "weights": fingerprint(base, [base.name(site) for site in editor.sites()]),
+            "weights": fingerprint(base, editor.names()),
             **{f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()},
         }
         plain: Record = json.loads(json.dumps(settings))
@@ -208,8 +208,7 @@ class Scaling:
                 raise KeditError(msg)
 
     def _points(self) -> list[Record]:
-        path = self.trainer.run.path / POINTS
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return _points(self.trainer.run.path)
 
     def _keep(self, point: Record) -> None:
         """Add a point to those on the disk, and write the curve anew."""
@@ -218,17 +217,8 @@ class Scaling:
         self.trainer.run.write_lines(POINTS, points := [*points, point])
         if not (rows := curve(points)):
             return
-        table = io.StringIO()
-        writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {name: "" if math.isnan(value) else round(value, 6) for name, value in row.items()} for row in rows
-        )
-        path = self.trainer.run.path / "scaling.csv"
-        write_beside(path, lambda path: path.write_text(table.getvalue(), encoding="utf-8"))
-        title = f"{self.settings['editor']} on {self.settings['data.dataset']}: means and 95 % intervals over seeds"
-        unedited = next(other["scores"] for other in points if other["edits"] == 0)
-        draw_scaling(self.trainer, title, rows, unedited)
+        write_csv(self.trainer.run.path / "scaling.csv", rows)
+        draw_scaling(self.trainer, _title(self.settings), rows, _unedited(points))
 
     # ------------------------------------------------------------------ the terminal
 
@@ -239,6 +229,50 @@ class Scaling:
     def _say(self, text: str) -> None:
         for console in self._consoles:
             console.out.print(Text(text), soft_wrap=True)
+
+
+def scaling_table(path: Path, width: int) -> Table:
+    """A row a number of edits: the scores × 100, means over the seeds with the half-width of their 95 % interval.
+
+    Args:
+        path: Directory of a scaling run.
+        width: Columns of the terminal; where they are few, the intervals are left out.
+
+    Raises:
+        KeditError: Nothing has been measured yet, or a file of it cannot be read.
+    """
+    try:
+        settings, points = json.loads((path / SETTINGS).read_text(encoding="utf-8")), _points(path)
+        rows, unedited = curve(points), _unedited(points)
+        title = _title(settings)
+    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+        msg = f"{path}: expected a scaling run with points in {POINTS}, found none; `kedit scale` goes on with it"
+        raise KeditError(msg) from error
+    names = [name for name, value in unedited.items() if value is not None]
+    intervals = width >= 2 * MEAN_WIDTH + COLUMN_WIDTH * len(names)
+    found = Table(title=title, title_justify="left", caption_justify="left", box=box.HORIZONTALS)
+    found.caption = f"× 100{', ± 95 % interval' if intervals else ''}\n{JEEP_NAMES}"
+    for name in ("edits", "runs", *names):
+        found.add_column(name, justify="right", no_wrap=True)
+    found.add_row("none", "", *(cell({"mean": unedited[name]}, intervals) for name in names), end_section=True)
+    for row in rows:
+        scores = ({"mean": row[name], "ci95": row[f"{name}_ci95"], "n": row["runs"]} for name in names)
+        found.add_row(f"{row['edits']:,}", str(row["runs"]), *(cell(score, intervals) for score in scores))
+    return found
+
+
+def _points(path: Path) -> list[Record]:
+    file = path / POINTS
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def _title(settings: Record) -> str:
+    return f"{settings['editor']} on {settings['data.dataset']}: means and 95 % intervals over seeds"
+
+
+def _unedited(points: Sequence[Record]) -> Record:
+    scores: Record = next(point["scores"] for point in points if point["edits"] == 0)
+    return scores
 
 
 def _described(point: Record) -> str:

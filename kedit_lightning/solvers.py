@@ -15,6 +15,10 @@ BLOCK = 1024
 """Edits whose keys are added to a k × k system at once: bounds what is copied into float64."""
 
 
+class NotFiniteError(ValueError):
+    """What is to be solved for holds NaN or infinity."""
+
+
 class SingularError(ValueError):
     """A system has no unique solution within rounding."""
 
@@ -35,9 +39,10 @@ def constrained(residual: Tensor, direction: Tensor, key: Tensor) -> tuple[Tenso
         Factors of ``Δ = left rightᵀ`` in float64, shapes ``(d, 1)`` and ``(k, 1)``.
 
     Raises:
-        ValueError: The direction is orthogonal to the key, so no such update exists.
+        ValueError: The direction is orthogonal to the key, so no such update exists, or something is not finite.
     """
     residual, direction, key = double(residual), double(direction), double(key)
+    _check_finite(residuals=residual, keys=key, directions=direction)
     right = direction / direction.norm()
     along = right @ key
     if not along.abs() > 1e-12 * key.norm():
@@ -223,10 +228,14 @@ def _check(residual: Tensor, keys: Tensor, positive: float = 1.0) -> None:
     if not positive > 0:
         msg = f"expected a weight of the second moment above 0, got {positive}"
         raise ValueError(msg)
-    for what, tensor in (("residuals", residual), ("keys", keys)):
+    _check_finite(residuals=residual, keys=keys)
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    for what, tensor in tensors.items():
         if not tensor.isfinite().all():
             msg = f"expected finite {what}, got NaN or infinity among them"
-            raise ValueError(msg)
+            raise NotFiniteError(msg)
 
 
 def _check_square(what: str, matrix: Tensor, width: int) -> None:

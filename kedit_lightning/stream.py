@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 from kedit_lightning import delta as delta_files
+from kedit_lightning import resume
+from kedit_lightning.checkpoints import Checkpoints
+from kedit_lightning.commits import Commits
 from kedit_lightning.data.datamodule import EditDataModule
-from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import KeditError
 from kedit_lightning.measurement import Measurement
-from kedit_lightning.models.fingerprint import fingerprint
-from kedit_lightning.run import Record, read_deltas
+from kedit_lightning.run import CONTEXTS, SETTINGS, Record, read_deltas
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
@@ -22,135 +26,158 @@ if TYPE_CHECKING:
 class EditStream:
     """Measures, edits batch after batch, measures again; `EditTrainer.fit` drives it.
 
+    Every batch is durable before the next begins. A stream that is resumed writes the updates of its commits onto the
+    unedited weights again, in their order, and goes on after the last; what was measured is read from the run.
+
     Args:
         trainer: The trainer.
         editor: The editor.
         datamodule: The stream.
+        fit: Runs one `Trainer.fit`.
+        resumed: Whether the trainer's run directory holds the beginning of the stream.
+        anyway: Whether to go on even where something differs that the results depend on.
     """
 
-    def __init__(self, trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -> None:
-        self.trainer, self.editor, self.datamodule = trainer, editor, datamodule
-        self.edits = datamodule.edits
-        self.done = 0
-        self.commits = 0
-        trainer.tell("on_stream_start", editor, len(self.edits))
+    def __init__(
+        self,
+        trainer: EditTrainer,
+        editor: Editor,
+        datamodule: EditDataModule,
+        fit: Callable[[], None],
+        *,
+        resumed: bool = False,
+        anyway: bool = False,
+    ) -> None:
+        self.trainer, self.editor, self.datamodule, self.fit = trainer, editor, datamodule, fit
+        self.run, self.resumed, self.anyway = trainer.run, resumed, anyway
+        self.edits, self.groups = datamodule.edits, list(datamodule.groups())
         self.measurement = Measurement(trainer, editor, datamodule)
-        self.run, self.evaluator = self.measurement.run, self.measurement.evaluator
+        self.evaluator = self.measurement.evaluator
+        self.checkpoints = Checkpoints(trainer, self.measurement)
+        self.lines: list[Record] = []
 
-    def open(self) -> None:
-        """Prepare the editor on the unedited model, and measure that.
+    # ------------------------------------------------------------------ before the first edit
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Take the run directory, prepare the editor on the unedited model, and measure that.
 
         Raises:
-            KeditError: The run directory is taken, or something cannot be measured; nothing is left then.
+            KeditError: The run directory is taken, holds a run of something else, or something cannot be measured;
+                nothing is left then of a run that is new.
         """
-        with self.run.opened():
-            self._prepare()
+        with ExitStack() as held:
+            if self.resumed:
+                held.enter_context(self.run.locked())
+                self._prepare()
+            else:
+                with self.run.opened():
+                    held.enter_context(self.run.locked())
+                    self._prepare()
+            yield
 
     def _prepare(self) -> None:
-        self.editor.prepare()
-        self.run.write_json("contexts.json", {"templates": self.editor.templates})
-        names = [self.editor.base.name(site) for site in self.editor.sites()]
-        self._fingerprint = {"names": names, "value": fingerprint(self.editor.base, names)}
-        self.answers = self.evaluator.answers(self.edits)
-        self.pre, self.post = self.evaluator.new(), self.evaluator.new()
-        self.before: list[Record] = [{} for _ in self.edits]
-        if self.trainer.evaluate:
-            self.evaluator.references(self.edits)
-            groups = [_flat(group) for group in self.datamodule.groups()]
-            self.before = self.measurement.score("before", groups, self.pre)
+        editor, run = self.editor, self.run
+        here = resume.settings(editor, self.datamodule, self.measurement) | resume.environment(self.trainer)
+        begun = resume.check(run, here, anyway=self.anyway)
+        self.trainer.tell("on_stream_start", editor, len(self.edits))
+        editor.prepare()
+        if begun is None:
+            begun = {**here, "seed": torch.initial_seed(), "budget": editor.budget}
+            run.write_json(CONTEXTS, {"templates": editor.templates})
+            run.write_json(SETTINGS, begun)
+        else:
+            editor.templates, editor.budget = run.read_json(CONTEXTS)["templates"], begun["budget"]
+        fingerprint = {"names": editor.names(), "value": here["weights"]}
+        self.commits = Commits(self.trainer, editor, self.datamodule, self.fit, begun["seed"], fingerprint)
+        if self.resumed:
+            self.lines = run.recover([len(batch) for group in self.groups for batch in group])
+            self.trainer.tell("on_stream_resumed", editor, self.lines)
+        self.before = self.measurement.before([_flat(group) for group in self.groups])
+        self.pre = self.evaluator.collect(self.edits, [line["before"] for line in self.before])
+        self.post = self.evaluator.new()
 
-    def restore(self) -> None:
-        """Begin again with the unedited model, at a new group of edits."""
-        self.editor.restore()
-        self.run.start_group()
+    # ------------------------------------------------------------------ edits
 
-    def edit(self, batch: list[Edit], group: int, fit: Callable[[], None]) -> list[Record]:
-        """One edit batch: all its passes, then the commit; nothing is left of it if anything fails.
+    def edit(self) -> None:
+        """All edits, group after group of those that the model holds together."""
+        self.checkpoints.begin(self.pre)
+        for index, group in enumerate(self.groups):
+            edits = _flat(group)
+            lines = self._there(len(edits))
+            measured = len(lines) == len(edits) and all("answer_after" in line for line in lines)
+            if measured:
+                self.evaluator.collect(edits, [line["after"] for line in lines], self.post)
+            if measured and index < len(self.groups) - 1:
+                self.commits.again(lines, write=False)
+                continue
+            self.editor.restore()
+            first = self.commits.done
+            records: list[Record] = []
+            for batch in group:
+                records += self._batch(batch, index)
+                if self.trainer.stop_stream:
+                    break
+            if not measured:
+                self._measure(first, edits[: len(records)], records)
+            if self.trainer.stop_stream:
+                break
 
-        Args:
-            batch: The edits.
-            group: How often the weights have been restored so far.
-            fit: Runs one `Trainer.fit`.
+    def _there(self, n: int) -> list[Record]:
+        """Lines that a resumed run holds of the next n edits."""
+        return self.lines[self.commits.done : self.commits.done + n]
 
-        Returns:
-            Its lines of edits.jsonl, without what is measured after.
-        """
-        editor, started = self.editor, time.time()
-        with editor.base.transaction():
-            deltas = self.trainer.weight_update.edit(editor, self.datamodule, batch, fit)
-            seconds = round((time.time() - started) / len(batch), 3)
-            records = [{**self._record(i, group), "seconds": seconds} for i in range(len(batch))]
-            self.run.commit(self.commits, deltas, self._metadata(batch, group), records, editor.memory)
-        editor.remember(editor.memory)
-        self._log_norms(deltas)
-        self.done += len(batch)
-        self.commits += 1
-        self.trainer.tell("on_edits_committed", editor, records)
-        return records
+    def _batch(self, batch: list[Edit], group: int) -> list[Record]:
+        """The lines of an edit batch, which is edited unless it is done."""
+        if lines := self._there(len(batch)):
+            self.commits.again(lines)
+        else:
+            before = self.before[self.commits.done : self.commits.done + len(batch)]
+            lines = self.commits.edit(batch, [_asked(*pair) for pair in zip(batch, before, strict=True)], group)
+        with resume.random_stream(self.commits.seed, f"checkpoint {self.commits.done}"):
+            self.checkpoints.reach(self.commits.done, len(batch))
+        return lines
 
-    def evaluate(self, group: Sequence[list[Edit]], records: list[Record]) -> None:
-        """Measure the edits since the last restoration, and complete their lines.
-
-        Args:
-            group: Their batches.
-            records: Their lines.
-        """
-        edits = _flat(group)
+    def _measure(self, first: int, edits: list[Edit], records: list[Record]) -> None:
+        """Measure the edits since the last restoration, rejected ones too, and complete their lines."""
         answers = self.evaluator.answers(edits)
         after: list[Record] = [{} for _ in edits]
         if self.trainer.evaluate:
             after = self.measurement.score("after", [edits], self.post)
         for record, answer, measured in zip(records, answers, after, strict=True):
             record["answer_after"], record["after"] = answer, measured
-        self.run.complete_group(records)
+        self.run.lines.replace(first, records)
         self.trainer.tell("on_edits_evaluated", self.editor, records)
 
     def close(self) -> Record:
-        """Merge the updates that the model now holds into delta.safetensors, and report."""
+        """Merge the updates that the model now holds into delta.safetensors, and report.
+
+        Raises:
+            KeditError: All edits were rejected.
+        """
+        reasons = [line["rejected"] for line in self.run.records() if "rejected" in line]
+        if len(reasons) == self.commits.done:
+            msg = (
+                f"{self.run.path}: nothing was committed, for all {len(reasons)} edits were rejected "
+                f"({'; '.join(dict.fromkeys(reasons))}); edits.jsonl lists them"
+            )
+            raise KeditError(msg)
         deltas, metadata = read_deltas(self.run.path)
         delta_files.save(self.run.path / "delta.safetensors", delta_files.merge(deltas), metadata)
         metrics = {"pre": self.pre, "post": self.post} if self.trainer.evaluate else {}
-        return self.measurement.finish(self.done, **metrics)
+        return self.measurement.finish(self.commits.done, metrics, len(reasons))
 
-    def _record(self, i: int, group: int) -> Record:
-        editor, position = self.editor, self.done + i
-        edit = editor.edits[i]
-        stages = [
-            {"stage": outcome.stage, "layer": editor.passes()[outcome.pass_], **outcome.final(i)}
-            for outcome in editor.outcomes
-        ]
-        return {
-            "case_id": edit.case_id,
-            "commit": self.commits,
-            "group": group,
-            "prompt": edit.prompt,
-            "subject": edit.subject,
-            "target_new": edit.target_new,
-            "target_true": edit.target_true,
-            "stages": stages,
-            "answer_before": self.answers[position],
-            "before": self.before[position],
-        }
 
-    def _metadata(self, batch: Sequence[Edit], group: int) -> Record:
-        return {
-            "editor": type(self.editor).__name__,
-            "config": self.editor.config,
-            "base": self.editor.base.name_or_path,
-            "dtype": self.editor.base.dtype,
-            "fingerprint": self._fingerprint,
-            "case_ids": [edit.case_id for edit in batch],
-            "number": self.commits,
-            "group": group,
-        }
-
-    def _log_norms(self, deltas: Sequence[WeightDelta]) -> None:
-        norms: dict[str, float] = {}
-        for delta in delta_files.merge(deltas):
-            norms[f"norm/update/{delta.name}"] = float(delta.update.norm())
-            norms[f"norm/weight/{delta.name}"] = float(self.editor.base.weight(delta.name).float().norm())
-        if self.trainer.logger is not None:
-            self.trainer.logger.log_metrics(norms, step=self.done)
+def _asked(edit: Edit, before: Record) -> Record:
+    """What edits.jsonl says of an edit before it is made."""
+    return {
+        "prompt": edit.prompt,
+        "subject": edit.subject,
+        "target_new": edit.target_new,
+        "target_true": edit.target_true,
+        "answer_before": before["answer"],
+        "before": before["before"],
+    }
 
 
 def _flat(group: Sequence[Sequence[Edit]]) -> list[Edit]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -18,18 +18,21 @@ from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.callbacks.console import Console
 from kedit_lightning.callbacks.figures import Figures
 from kedit_lightning.callbacks.scoring import Scoring
+from kedit_lightning.callbacks.sequence import SequenceCurve
 from kedit_lightning.callbacks.weight_update import WeightUpdate
 from kedit_lightning.data.datamodule import EditDataModule, given
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import DeltaError, KeditError
+from kedit_lightning.gamma import GAMMAS, GammaSearch
 from kedit_lightning.interrupts import interrupts_passed_on
 from kedit_lightning.logger import EditLogger
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluation
+from kedit_lightning.models.processes import together
 from kedit_lightning.models.statistics import compute
-from kedit_lightning.run import Record, RunDirectory, read_deltas
+from kedit_lightning.run import SETTINGS, Record, RunDirectory, newest, read_deltas
 from kedit_lightning.scaling import SEEDS, Scaling
 from kedit_lightning.stream import EditStream
 
@@ -52,9 +55,14 @@ class EditTrainer(Trainer):
         strategy: As in Lightning.
         callbacks: Further callbacks.
         enable_progress_bar: Whether the terminal shows progress.
+        evaluate_at: After how many edits all facts so far, and the latest batch of them, are scored as well, such as
+            ``[0, 1, 5, 10, 20]``; in batches at the first that reaches the number. 0 is the unedited model, on all
+            facts to come.
+        on_rejected: What becomes of a stream in which edits are rejected (a loss, a value or an update is not finite):
+            ``skip`` goes on without them, ``stop`` ends it before their batch.
 
     Raises:
-        KeditError: More than one process is asked for.
+        KeditError: A number of ``evaluate_at`` is negative, or nothing is measured.
     """
 
     def __init__(
@@ -69,7 +77,13 @@ class EditTrainer(Trainer):
         strategy: str = "auto",
         callbacks: list[Callback] | None = None,
         enable_progress_bar: bool = True,
+        evaluate_at: list[int] | None = None,
+        on_rejected: Literal["skip", "stop"] = "skip",
     ) -> None:
+        self.evaluate_at, self.on_rejected = evaluate_at or [], on_rejected
+        if self.evaluate_at and (min(self.evaluate_at) < 0 or not evaluate):
+            msg = f"evaluate_at: expected numbers of edits from 0 on, and evaluate: true, got {evaluate_at}, {evaluate}"
+            raise KeditError(msg)
         self.weight_update = WeightUpdate()
         self.edit_logger = EditLogger(save_dir, name=name, default_hp_metric=False)
         super().__init__(
@@ -77,7 +91,7 @@ class EditTrainer(Trainer):
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,
-            callbacks=[self.weight_update, Scoring(), Console(), Figures(), *(callbacks or [])],
+            callbacks=[self.weight_update, Scoring(), Console(), Figures(), SequenceCurve(), *(callbacks or [])],
             logger=self.edit_logger,
             max_epochs=-1,
             num_sanity_val_steps=0,
@@ -87,11 +101,9 @@ class EditTrainer(Trainer):
             enable_progress_bar=False,
             use_distributed_sampler=False,
         )
-        if self.world_size > 1:
-            msg = f"expected one process, got {self.world_size}: set trainer.devices and trainer.num_nodes to 1"
-            raise KeditError(msg)
         self.run = RunDirectory(Path(self.log_dir or "."))
         self.report: Record = {}
+        self.stop_stream = False  # set by a callback: the stream ends after this commit and is measured
         self.show_progress = enable_progress_bar
         self.evaluation, self.evaluate = evaluation or Evaluation(), evaluate
 
@@ -108,6 +120,8 @@ class EditTrainer(Trainer):
         val_dataloaders: None = None,
         datamodule: EditDataModule | None = None,
         ckpt_path: None = None,
+        resume: str | None = None,
+        resume_anyway: bool = False,
     ) -> None:
         """Edit the stream of the data module.
 
@@ -117,20 +131,39 @@ class EditTrainer(Trainer):
             val_dataloaders: Not used.
             datamodule: The stream.
             ckpt_path: Not used; a run is resumed from its directory.
+            resume: Run directory of a stream that was interrupted, which is gone on with; the command line takes the
+                configuration from there. It ends as if it had never stopped, bit for bit. One that is finished is left
+                as it is.
+            resume_anyway: Resume even where settings, libraries or threads differ from those that the run was begun
+                with, which gives up bit-identity.
         """
+        self._alone("fit")
+        if resume is not None:
+            self.turn_to(newest(Path(resume), SETTINGS))
+            if (finished := self.run.read_json("metrics.json")) is not None:
+                self.report = finished
+                self.tell("on_stream_finished", finished)
+                return
         datamodule = given(datamodule, "fit")
         one_pass = partial(super().fit, model, datamodule=datamodule)
         model.base.restore()
-        stream = EditStream(self, model, datamodule)
-        with closing(self.edit_logger), interrupts_passed_on():
-            stream.open()
-            for index, group in enumerate(datamodule.groups()):
-                stream.restore()
-                records: list[Record] = []
-                for batch in group:
-                    records += stream.edit(batch, index, one_pass)
-                stream.evaluate(group, records)
+        self.stop_stream = False
+        stream = EditStream(self, model, datamodule, one_pass, resumed=resume is not None, anyway=resume_anyway)
+        with closing(self.edit_logger), interrupts_passed_on(), stream.opened():
+            stream.edit()
             self.report = stream.close()
+
+    def turn_to(self, path: Path) -> None:
+        """Go on in the directory of an earlier run, with its TensorBoard stream.
+
+        Raises:
+            KeditError: There is no such directory.
+        """
+        if not path.is_dir():
+            msg = f"{path}: expected a run directory such as lightning_logs/edits/version_0, found none"
+            raise KeditError(msg)
+        self.edit_logger = EditLogger(str(path.parent), name="", version=path.name, default_hp_metric=False)
+        self.logger, self.run = self.edit_logger, RunDirectory(path)
 
     # ------------------------------------------------------------------ validate, test, predict
 
@@ -147,6 +180,7 @@ class EditTrainer(Trainer):
         Returns:
             The report, as in metrics.json.
         """
+        self._alone("validate")
         self._open(model, datamodule, "validate")
         super().validate(model, datamodule=datamodule, verbose=False)
         return self._measurement.close("pre", "unedited")
@@ -169,6 +203,7 @@ class EditTrainer(Trainer):
         Returns:
             The report, as in metrics.json.
         """
+        self._alone("test")
         updates = self._read(model, delta)
         self._open(model, datamodule, "test")
         for update in updates:
@@ -198,6 +233,7 @@ class EditTrainer(Trainer):
         Returns:
             A record a prompt: ``prompt``, ``before``, ``after``; predictions.jsonl holds the same.
         """
+        self._alone("predict")
         if max_new_tokens < 1:
             msg = f"max_new_tokens: expected at least 1, got {max_new_tokens}"
             raise KeditError(msg)
@@ -221,6 +257,8 @@ class EditTrainer(Trainer):
     def statistics(self, model: Editor, datamodule: EditDataModule | None = None) -> None:
         """Collect the second moments of the keys that an editor's configuration needs; `fit` does so by itself.
 
+        Several processes (``devices``, ``num_nodes``, torchrun) share the documents.
+
         Args:
             model: The editor.
             datamodule: Not used.
@@ -228,8 +266,13 @@ class EditTrainer(Trainer):
         Raises:
             StatisticsError: There is nothing to collect, or it cannot be kept.
         """
-        model.base.to(self.strategy.root_device)
-        self.tell("on_statistics", compute(model.base, model.statistics, model.sites()))
+        base, statistics, sites = model.base, model.statistics, model.sites()
+        statistics.check(base, sites)  # before processes are started
+
+        def work() -> None:
+            self.tell("on_statistics", compute(base.to(self.strategy.root_device), statistics, sites))
+
+        together(self, work)
 
     def scale(
         self,
@@ -249,9 +292,44 @@ class EditTrainer(Trainer):
         Returns:
             A record a number of edits, as in scaling.csv.
         """
+        self._alone("scale")
         scaling = Scaling(self, model, given(datamodule, "fit"), counts, seeds)
         with interrupts_passed_on():
             return scaling.run(partial(super().fit, model, datamodule=datamodule))
+
+    def _alone(self, command: str) -> None:
+        """Refuse several processes where they are not supported."""
+        if self.world_size > 1:
+            msg = (
+                f"{command}: expected one process, got {self.world_size}: set trainer.devices and trainer.num_nodes to "
+                "1 (`kedit statistics` takes several)"
+            )
+            raise KeditError(msg)
+
+    def tune_gamma(
+        self,
+        model: Editor,
+        datamodule: EditDataModule | None = None,
+        gammas: list[float] = GAMMAS,
+        edits: int = 50,
+        tolerance: float = 0.05,
+    ) -> float | None:
+        """Choose how far EAC compresses an editor's values, on single edits (EAC, appendix A).
+
+        Args:
+            model: The editor.
+            datamodule: The edits.
+            gammas: Percentiles that are tried.
+            edits: How many facts, each edited by itself; the first of the data.
+            tolerance: How far reliability, generalization and locality may each fall below those without compression.
+
+        Returns:
+            The largest percentile that keeps all three; None where there is none.
+        """
+        self._alone("tune-gamma")
+        search = GammaSearch(self, model, given(datamodule, "fit"), gammas, edits, tolerance)
+        with interrupts_passed_on():
+            return search.run(partial(super().fit, model, datamodule=datamodule))
 
     def _open(self, editor: Editor, datamodule: EditDataModule | None, stage: str) -> None:
         """Begin to measure, on the unedited model."""

@@ -12,6 +12,7 @@ TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
         "test": "measure an edited model (--delta)",
         "predict": "continue prompts before and after the edits (--delta)",
         "scale": "edit more and more facts at once, and draw how the scores change",
+        "tune_gamma": "choose how far EAC compresses an editor's values",
         "statistics": "collect the key statistics that a configuration needs",
     }
 )
@@ -20,8 +21,11 @@ TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
 OTHER_COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "apply": "write an edited model, as a Hugging Face checkpoint or a LoRA adapter",
-        "revert": "write the model without one edit, or without any",
+        "revert": "undo an edit of a run, and measure what changes",
+        "log": "list what a run edited, when and with which health",
         "show": "print the tables of runs, side by side",
+        "compare": "run variants of a configuration over seeds, and draw their curves over the edits",
+        "tasks": "measure general abilities, and what an edited model keeps of them (--delta)",
         "pretrain": "train the almanac's model from scratch",
     }
 )
@@ -29,5 +33,6 @@ OTHER_COMMANDS: Mapping[str, str] = MappingProxyType(
 
 def usage() -> str:
     """The commands, a line each."""
-    commands = "\n".join(f"  {name:<12}{what}" for name, what in {**TRAINER_COMMANDS, **OTHER_COMMANDS}.items())
+    both = {**TRAINER_COMMANDS, **OTHER_COMMANDS}
+    commands = "\n".join(f"  {name.replace('_', '-'):<12}{what}" for name, what in both.items())
     return f"usage: kedit COMMAND …\n\n{commands}\n\n`kedit COMMAND --help` lists a command's options.\n"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from kedit_lightning.errors import KeditError
 
@@ -32,6 +35,21 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):  # a place below a file
             beside.unlink()
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write records of equal keys as a table; numbers to six decimals, empty where there is none (None, nan).
+
+    Raises:
+        KeditError: As `write_beside`.
+    """
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        known = {name: value for name, value in row.items() if value is not None and value == value}
+        writer.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in known.items()})
+    write_beside(path, lambda path: path.write_text(table.getvalue(), encoding="utf-8"))
 
 
 def unwritable(path: Path, error: Exception) -> KeditError:

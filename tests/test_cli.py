@@ -29,7 +29,8 @@ from kedit_lightning.run import RunDirectory, read_deltas
 from tests.commandline import World, done, kedit
 from tests.updates import bits, same_bits
 
-FILES = {"config.yaml", "deltas", "delta.safetensors", "edits.jsonl", "metrics.json", "contexts.json"}
+BEGUN = {"config.yaml", "run.json", "run.lock", "contexts.json", "before.jsonl", "deltas", "edits.jsonl"}
+FILES = BEGUN | {"delta.safetensors", "metrics.json"}
 PICTURES = {"before_after.png", "loss_curves.png"}
 
 
@@ -369,7 +370,7 @@ def test_an_interrupt_leaves_what_was_committed(world: World) -> None:
     assert raw.endswith("\n")
     assert [json.loads(line)["commit"] for line in raw.splitlines()] == list(range(len(commits)))
     there = {path.name for path in run.path.iterdir() if not path.name.startswith("events")}
-    assert there == {"config.yaml", "contexts.json", "deltas", "edits.jsonl"}
+    assert there == BEGUN
     assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
     for _, updates, _ in commits:
         assert all(math.isfinite(float(update.update.norm())) for update in updates)

@@ -23,7 +23,7 @@ from tests.families import build, default_tokenizer, tokenizer
 
 ROOT = Path(__file__).parent.parent
 ALL = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
-RUNS = [name for name in ALL if not name.endswith("pretrain.yaml") and "/experiments/" not in name]
+RUNS = [name for name in ALL if not name.endswith("pretrain.yaml") and not re.search("/(experiments|tasks)/", name)]
 ALONE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
 
 # ---------------------------------------------------------------------- numbers, typed from spec/editors.md, section 3
@@ -78,6 +78,12 @@ TOP = {  # model, layers, l_a of each, steps of each stage, vector factor; 14B: 
     "qwen2.5-7b": (QWEN_7B, [5], [10], 20, 0.1),
     "qwen2.5-14b": (QWEN_14B, [17, 18], [27, 27], 20, 0.1),
 }
+RETS = {  # model, layer, steps, whether C is part of the second moment
+    "gpt2-xl": (GPT2_XL, 35, 25, True),
+    "gptj": (GPTJ, 17, 20, True),
+    "llama2-7b": (LLAMA2_7B, 22, 20, False),
+    "qwen2.5-14b": (QWEN_14B, 35, 25, True),  # not published, proposed
+}
 # The editors of batches: several layers, all of them named.
 TO_8, TO_10, TO_17 = [3, 4, 5, 6, 7, 8], [5, 6, 7, 8, 9, 10], [13, 14, 15, 16, 17]
 FROM_4, FROM_6 = [4, 5, 6, 7, 8], [6, 7, 8, 9, 10]
@@ -111,13 +117,31 @@ JEEP = {  # model, low and high layers, γ′ and γ*, λ′ and λ*
     "llama-7b": (LLAMA_7B, TO_10, [22, 23, 24], 1, 0.25, 2_500, 1_000),
     "llama-7b_zsre": (LLAMA_7B, TO_10, [22, 23, 24], 1, 0.7, 6_000, 3_000),
 }
+LAW = {"wd_power_law": [-0.87028798, 0.15589562], "rewrite": "block"}
+FT = {  # model, layer, learning rate, what else
+    "ft_l_gpt2-xl": (GPT2_XL, 0, 5e-4, {"norm_constraint": 5e-4}),
+    "ft_l_gptj": (GPTJ, 0, 5e-4, {"norm_constraint": 5e-5}),
+    "ft_l_qwen2.5-14b": (QWEN_14B, 0, 5e-4, {"norm_constraint": 5e-5}),  # not published, proposed as GPT-J
+    "ft_wd_gptj": (GPTJ, 21, 5e-5, LAW),
+    "ft_wd_llama-7b": (LLAMA_7B, 23, 5e-5, LAW | {"stop": 0.1}),
+    "ft_gpt2-xl": (GPT2_XL, 1, 5e-4, {}),
+    "ft_llama3-8b": (LLAMA3_8B, 21, 5e-4, {}),
+    "ft_elastic_gpt2-xl": (GPT2_XL, 1, 5e-4, {"elastic_net": {"num_steps": 10, "elastic_l1": 5e-7, "mu": 0.5}}),
+    "ft_elastic_llama3-8b": (LLAMA3_8B, 21, 5e-4, {"elastic_net": {"num_steps": 10, "elastic_l1": 5e-7, "mu": 1e-3}}),
+}
+FT |= {f"{name}_zsre": row for name, row in FT.items() if not name.startswith("ft_l_")}
 MODELS: dict[str, dict[str, Any]] = {
     "rome": ROME,
     "top": TOP,
+    "rets": RETS,
     "memit": MEMIT,
     "pmet": PMET,
     "alphaedit": ALPHAEDIT,
     "jeep": JEEP,
+    **{
+        kind: {name.removeprefix(f"{kind}_"): FT[name] for name in FT if re.match(rf"{kind}_(?!l_|wd_|elastic_)", name)}
+        for kind in ("ft", "ft_l", "ft_wd", "ft_elastic")
+    },
 }
 FROM_JEEP = {"memit_llama-7b", "pmet_llama-7b", "pmet_llama-7b_zsre"} | {f"jeep_{name}" for name in JEEP}
 """What only JEEP's paper has numbers for: second moments over Wikitext, edited in fp16 (D.5 to D.7)."""
@@ -136,6 +160,7 @@ RELEASED = {  # what the authors' code does otherwise
     "alphaedit": {"preset": "released"},
     "alphaedit_llama3-8b": {"L2": 1},  # EasyEdit's
     "jeep": {"preset": "released", "statistics": {"source": WIKIPEDIA}},
+    "ft": {"preset": "released"},
 }
 ABLATIONS = {  # JEEP, Table 4; the eighth row is JEEP itself
     "jeep_high_only": {"optimize": "high"},
@@ -146,7 +171,8 @@ ABLATIONS = {  # JEEP, Table 4; the eighth row is JEEP itself
     "jeep_even_spread": {"spread_low": "even"},
     "jeep_mhsa": {"high_site": "attn", "high_rewrite": "attn"},
 }
-NOT_PUBLISHED = ("rome_llama2-13b", "rome_qwen2.5-14b", "memit_llama2-13b", "memit_qwen2.5-14b")
+NOT_PUBLISHED = ("ft_l_qwen2.5-14b", "rome_llama2-13b", "rome_qwen2.5-14b", "memit_llama2-13b", "memit_qwen2.5-14b")
+NOT_PUBLISHED += ("rets_qwen2.5-14b",)
 PROPOSED = {f"configs/{name}.yaml" for name in (*NOT_PUBLISHED, *(f"{editor}_almanac" for editor in MODELS))}
 PROPOSED.add("configs/experiments/jeep_scaling_almanac.yaml")
 DATA = {"dataset": "counterfact", "size": 2000, "batch_size": 1, "restore_every": 1}
@@ -215,6 +241,23 @@ def test_top(name: str) -> None:
         "vec_loss_factor": factor,
         "stop1": 0.02,
         "stop2": 0.05,
+    }
+    assert config["data"] == DATA
+
+
+@pytest.mark.parametrize("name", RETS)
+def test_rets(name: str) -> None:
+    model, layer, steps, origin_mom = RETS[name]
+    config = load(f"configs/rets_{name}.yaml")
+    assert config["base"]["name"] == model
+    assert config["model"]["class_path"] == "RETS"
+    assert config["model"]["init_args"] == common(name) | {
+        "layers": [layer],
+        "v_num_grad_steps": steps,
+        "origin_mom": origin_mom,
+        "subject_const": True,
+        "constraint_moment": "sum",
+        "constraint": {"dataset": "counterfact"},
     }
     assert config["data"] == DATA
 
@@ -312,6 +355,21 @@ def test_jeep(name: str) -> None:
     }
 
 
+@pytest.mark.parametrize("name", FT)
+def test_ft(name: str) -> None:
+    model, layer, lr, more = FT[name]
+    config = load(f"configs/{name}.yaml")
+    assert config["base"] == {"name": model, "dtype": "float32"}
+    assert config["model"]["class_path"] == "FT"
+    decay = {} if "wd_power_law" in more else {"weight_decay": 0}
+    shared = {"num_steps": 25, "rewrite": "mlp", "stop": 0.01, "batch_size": 64}
+    assert config["model"]["init_args"] == {"layers": [layer], "lr": lr, **shared, **decay, **more}
+    one_by_one = {"size": 100, "batch_size": 1, "restore_every": None}
+    data = {"dataset": "counterfact", **one_by_one}, {"dataset": "zsre", **one_by_one, "options": {"target": "alt"}}
+    data = {"l": (DATA, {}), "wd": (MASS, ZSRE)}.get(name.split("_")[1], data)
+    assert config["data"] == data[name.endswith("_zsre")]
+
+
 @pytest.mark.parametrize("editor", ["memit", "pmet", "alphaedit", "jeep"])
 def test_the_almanac_is_edited_a_hundred_at_once(editor: str) -> None:
     config = load(f"configs/{editor}_almanac.yaml")
@@ -343,7 +401,7 @@ def test_the_first_line_is_the_command(name: str) -> None:
     command = text(name).splitlines()[0]
     kedit, method, *args = shlex.split(command.removeprefix("# "))
     other = {"pretrain.yaml": "pretrain", "jeep_scaling_almanac.yaml": "scale"}
-    assert (kedit, method) == ("kedit", other.get(Path(name).name, "fit"))
+    assert (kedit, method) == ("kedit", "tasks" if "/tasks/" in name else other.get(Path(name).name, "fit"))
     assert args[::2] == ["--config"] * (len(args) // 2)
     assert args[-1] == name
     assert all((ROOT / path).is_file() for path in args[1::2])
@@ -380,12 +438,12 @@ def test_what_is_not_published_says_so() -> None:
 
 
 class Deep(World):
-    """The world with a model that has every layer that is named (up to 28), and a data set of every form."""
+    """The world with a model that has every layer that is named (up to 35), and a data set of every form."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.deep = folder / "deep"
-        build("gpt2", n_layer=29, n_embd=8, n_head=2, n_positions=64).save_pretrained(self.deep)
+        build("gpt2", n_layer=36, n_embd=8, n_head=2, n_positions=64).save_pretrained(self.deep)
         tokenizer(default_tokenizer("gpt2")).save_pretrained(self.deep)
         self.few = folder / "few.txt"
         self.few.write_text("\n".join(self.corpus.read_text().splitlines()[:30]))
@@ -427,7 +485,9 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deep]:
 
 def stage_layers(editor: str, settings: dict[str, Any]) -> list[int]:
     """The layers of an edit's stages."""
-    if editor in ("ROME", "TOP"):
+    if editor == "FT":
+        return settings["layers"][-1:] * (2 if "elastic_net" in settings else 1)
+    if editor in ("ROME", "RETS", "TOP"):
         return [layer for layer in settings["layers"] for _ in range(2 if editor == "TOP" else 1)]
     if editor != "JEEP":
         return settings["layers"][-1:]
@@ -440,7 +500,8 @@ def stage_layers(editor: str, settings: dict[str, Any]) -> list[int]:
 def written(editor: str, settings: dict[str, Any]) -> set[tuple[int, str]]:
     """The weights that are edited, as layer and part."""
     if editor != "JEEP":
-        return {(layer, "mlp") for layer in settings["layers"]}
+        parts = ("mlp", "attn") if editor == "FT" and settings["rewrite"] == "block" else ("mlp",)
+        return {(layer, part) for layer in settings["layers"] for part in parts}
     regions = REGIONS[settings.get("rewrite", settings.get("optimize", "both"))]
     parts = {"low": "mlp", "high": settings.get("high_rewrite", "mlp")}
     return {(layer, parts[region]) for region in regions for layer in settings[f"layers_{region}"]}
@@ -462,7 +523,7 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
     if dataset == "almanac":
         dataset, content["data"] = "jsonl", {}
     few: dict[str, Any] = {"context_template_length_params": "[[5, 1]]"}
-    if settings["context_templates"]["scheme"] == "memit":
+    if settings.get("context_templates", {}).get("scheme") == "memit":
         few = {"templates": '[["{}"], ["Yes. {}"]]'}  # instead of five prefixes of ten tokens, half of the time
     overrides = {
         "base.name": deep.deep,
@@ -474,9 +535,19 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
         "trainer.enable_progress_bar": "false",
         "trainer.evaluation.generation": "false",
         "trainer.evaluate": str("/data/" in name).lower(),  # once on each form of data
-        "model.init_args.statistics.source": deep.few,
     }
-    overrides |= {f"model.init_args.context_templates.{key}": value for key, value in few.items()}
+    if editor == "FT":
+        overrides["model.init_args.num_steps"] = 2
+        overrides |= {"model.init_args.elastic_net.num_steps": 1} if "elastic_net" in settings else {}
+    else:
+        overrides["model.init_args.statistics.source"] = deep.few
+        overrides |= {f"model.init_args.context_templates.{key}": value for key, value in few.items()}
+    if "constraint" in settings:
+        overrides["model.init_args.constraint.size"] = 2
+        if settings["constraint"]["dataset"] != "almanac":
+            overrides["model.init_args.constraint.path"] = deep.path[settings["constraint"]["dataset"]]
+    if "evaluate_at" in content.get("trainer", {}):
+        overrides["trainer.evaluate_at"] = "null"  # tested elsewhere
     overrides |= {f"model.init_args.{key}": 2 for key in settings if key.startswith("v_num_grad_steps")}
     done(method, *args, *(f"--{key}={value}" for key, value in overrides.items()))
     run = RunDirectory(deep.logs / name.replace("/", "-") / "version_0")
@@ -490,9 +561,10 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
     assert {(int(match[1]), match[2]) for match in found if match} == written(editor, expected)
     saved = yaml.safe_load((run.path / "config.yaml").read_text())["model"]["init_args"]
     given = {key.removeprefix("model.init_args.") for key in overrides}
-    for key in set(expected) - given - {"statistics", "context_templates"}:
+    blocks = {"statistics", "context_templates", "elastic_net", "constraint"} & set(expected)
+    for key in set(expected) - given - blocks:
         assert saved[key] == expected[key], key
-    for block in ("statistics", "context_templates"):  # what an overlay says of a block is added to the block
+    for block in blocks:  # what an overlay says of a block is added to the block
         for key, value in (settings[block] | expected[block]).items():
             assert f"{block}.{key}" in given or saved[block][key] == value, key
 

@@ -64,11 +64,10 @@ def test_standing_commits_are_those_since_the_last_restoration(tmp_path: Path, b
 def test_a_group_is_completed_in_place(tmp_path: Path, base: LanguageModel) -> None:
     run = RunDirectory(tmp_path)
     for group in range(3):
-        run.start_group()
         for i in range(2):
             commit(run, base, 2 * group + i, group)
         done = [{"case_id": 2 * group + i, "text": "Ö" * 50 * (2 - group), "after": i} for i in range(2)]
-        run.complete_group(done)
+        run.lines.replace(2 * group, done)
         assert run.records() == lines(run)
         assert run.records()[-2:] == done
     assert [record["case_id"] for record in run.records()] == list(range(6))
@@ -79,16 +78,14 @@ def test_a_group_is_completed_in_place(tmp_path: Path, base: LanguageModel) -> N
 @pytest.mark.parametrize("cut", [1, 5, 15])
 def test_a_truncated_tail_is_dropped_and_appended_after(tmp_path: Path, base: LanguageModel, cut: int) -> None:
     run = RunDirectory(tmp_path)
-    run.start_group()
     for number in range(3):
         commit(run, base, number)
     os.truncate(run.edits, run.edits.stat().st_size - cut)
     assert [record["case_id"] for record in RunDirectory(tmp_path).records()] == [0, 1]
     again = RunDirectory(tmp_path)
-    again.start_group()
     commit(again, base, 3)
     assert [record["case_id"] for record in lines(again)] == [0, 1, 3]
-    again.complete_group([{"case_id": 3, "after": 1}])
+    again.lines.replace(2, [{"case_id": 3, "after": 1}])
     assert lines(again)[1:] == [{"case_id": 1, "text": "Åsa"}, {"case_id": 3, "after": 1}]
 
 
@@ -96,7 +93,6 @@ def test_a_truncated_tail_is_dropped_and_appended_after(tmp_path: Path, base: La
 def test_an_interrupted_completion_is_made_good(tmp_path: Path, base: LanguageModel, size: str) -> None:
     run = RunDirectory(tmp_path)
     commit(run, base, 0)
-    run.start_group()
     start = run.edits.stat().st_size
     commit(run, base, 1, 1)
     commit(run, base, 2, 1)
@@ -131,10 +127,9 @@ def test_a_full_disk_leaves_neither_file_nor_lines(tmp_path: Path, base: Languag
 
 def test_a_full_disk_does_not_lose_lines_that_were_there(tmp_path: Path, base: LanguageModel) -> None:
     run = RunDirectory(tmp_path)
-    run.start_group()
     commit(run, base, 0)
     with disk_full(), pytest.raises(KeditError, match="cannot be written"):
-        run.complete_group([{"case_id": 0, "after": "x" * 5000}])
+        run.lines.replace(0, [{"case_id": 0, "after": "x" * 5000}])
     assert run.records() == lines(run) == [{"case_id": 0, "text": "Åsa"}]
 
 

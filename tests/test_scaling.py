@@ -7,12 +7,14 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kedit_lightning.callbacks.figures import scaling
 from kedit_lightning.errors import KeditError
 from kedit_lightning.metrics import Evaluator, interval_over_runs
 from kedit_lightning.models import LanguageModel
@@ -94,6 +96,47 @@ def test_the_table_holds_means_and_intervals_over_seeds(whole: Path) -> None:
             runs = [point["scores"][name] for point in points(whole) if str(point["edits"]) == row["edits"]]
             mean, half = interval_over_runs(runs)
             assert (float(row[name]), float(row[f"{name}_ci95"])) == pytest.approx((mean, half), abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_show_and_the_run_itself_print_the_table(
+    run: Path, world: World, config: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    printed = done("scale", "--config", config, "--trainer.name", run.parent.name, *ASKED).out
+    shown = done("show", run.parent).out
+    assert shown.strip()
+    assert printed.startswith(shown), "then the run directory"
+    assert "unfinished" not in shown
+    assert "ES efficacy, GS generalization" in shown
+    found = {line.split()[0]: line for line in shown.splitlines() if line.split()[:1] in (["1"], ["3"], ["none"])}
+    assert set(found) == {"none", "1", "3"}
+    for row in rows(run):
+        numbers = [float(part) for part in found[row["edits"]].replace("±", " ").split() if part != "–"]
+        means = [100 * float(row[name]) for name in ("ES", "GS", "LS", "Score")]
+        assert numbers[:2] == [float(row["edits"]), 2.0]
+        given = numbers[2::2] if width == 120 else numbers[2:]
+        assert given[:4] == pytest.approx(means, abs=0.051)
+
+
+def test_show_of_a_scaling_run_without_points(run: Path) -> None:
+    (run / "scaling.jsonl").unlink()
+    result = kedit("show", run)
+    assert (result.status, result.err.count("\n")) == (1, 1)
+    assert "expected a scaling run with points in scaling.jsonl, found none" in result.err
+
+
+def test_lines_that_coincide_are_all_seen() -> None:
+    """Points of equal scores lie beside each other, each with a marker of its own."""
+    names = ("ES", "GS", "LS", "Score", "R-specificity")
+    scores = {key: value for name in names for key, value in ((name, 1.0), (f"{name}_ci95", 0.0))}
+    points = [{"edits": edits, "runs": 3, **scores} for edits in (10, 100)]
+    figure = scaling("", points, dict.fromkeys(names))
+    lines = figure.axes[0].get_lines()
+    assert len({line.get_marker() for line in lines}) == len(lines) == 5
+    starts = sorted(float(line.get_xdata()[0]) for line in lines)  # type: ignore[index,arg-type]
+    assert all(1.01 < right / left < 1.05 for left, right in pairwise(starts))
+    assert starts[2] == 10
 
 
 def test_a_point_is_one_batch_on_the_unedited_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,9 +273,11 @@ def test_a_data_module_is_asked_for(tmp_path: Path, gpt2_base: LanguageModel) ->
             getattr(measuring(tmp_path), command)(make("ROME", gpt2_base))
 
 
-def test_several_processes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(KeditError, match=r"expected one process, got 2: set trainer\.devices"):
-        EditTrainer(save_dir=str(tmp_path), accelerator="cpu", devices=2)
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "scale"])
+def test_several_processes_are_refused(tmp_path: Path, gpt2_base: LanguageModel, command: str) -> None:
+    made = EditTrainer(save_dir=str(tmp_path), accelerator="cpu", devices=2)
+    with pytest.raises(KeditError, match=rf"^{command}: expected one process, got 2: set trainer\.devices"):
+        getattr(made, command)(make("ROME", gpt2_base), datamodule=data(THREE))
     assert not list(tmp_path.iterdir())
 
 

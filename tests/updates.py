@@ -54,8 +54,6 @@ def write_run(
     """A run directory of commits, each its case ids, its group and its updates."""
     run = RunDirectory(path)
     for number, (cases, group, deltas) in enumerate(commits):
-        if not number or commits[number - 1][1] != group:
-            run.start_group()
         about = metadata(base, case_ids=list(cases), group=group, number=number)
         run.commit(number, deltas, about, [{"case_id": case, "commit": number} for case in cases])
     return run

@@ -67,6 +67,12 @@ def _next_tokens(model: PreTrainedModel, prompts: list[list[int]], batch_size: i
     return found
 
 
+def plain_texts(count: int = 200, seed: int = 12345) -> list[str]:
+    """New texts of three plain sentences each."""
+    rng = random.Random(seed)
+    return [" ".join(prose.sentence(rng) for _ in range(3)) for _ in range(count)]
+
+
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 200, seed: int = 12345
@@ -82,10 +88,8 @@ def perplexity(
     Returns:
         ``exp`` of the mean negative log-likelihood a token.
     """
-    rng = random.Random(seed)
     loss, tokens = 0.0, 0
-    for _ in range(count):
-        text = " ".join(prose.sentence(rng) for _ in range(3))
+    for text in plain_texts(count, seed):
         ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
         logits = model(input_ids=ids).logits[0, :-1].float()
         loss += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))

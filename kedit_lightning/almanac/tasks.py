@@ -77,7 +77,7 @@ def normalise(text: str) -> str:
         >>> normalise("The  garden.")
         'garden'
     """
-    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    words = re.sub(r"[^\w\s]", "", text.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 

@@ -21,7 +21,13 @@ class EditCallback(Callback):
     """A Lightning callback that also hears of the edit stream. All hooks do nothing by default."""
 
     def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
-        """Before anything is measured or edited."""
+        """Before anything is measured or edited; the run directory is this process's from then on."""
+
+    def on_stream_resumed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
+        """After `on_stream_start`, where a run is gone on with; ``records``: its lines of edits.jsonl that are durable.
+
+        The weights are still the unedited ones. What the other hooks tell of an edit batch is not told again.
+        """
 
     def on_evaluation_start(self, trainer: Trainer, title: str, total: int) -> None:
         """Before ``total`` prompts are scored."""
@@ -38,11 +44,26 @@ class EditCallback(Callback):
     def on_edits_committed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
         """An edit batch is in the weights and on the disk; ``records``: its lines of edits.jsonl, without "after"."""
 
+    def on_edits_rejected(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
+        """Edits are not written, and their lines of edits.jsonl, with ``rejected`` (why), are on the disk.
+
+        The weights and the editor's memory are what they were before the edit batch.
+        """
+
+    def on_checkpoint(self, trainer: Trainer, editor: Editor, record: Record) -> None:
+        """A checkpoint is scored: ``edits`` done so far, ``so_far`` and ``latest`` (metric → mean, ci95, n).
+
+        What a callback adds to ``record`` is kept with it, a line of checkpoints.jsonl.
+        """
+
     def on_edits_evaluated(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
         """The edits since the last restoration are scored; ``records`` are their whole lines of edits.jsonl."""
 
     def on_stream_end(self, trainer: Trainer, editor: Editor, report: Record) -> None:
         """Everything is written; ``report`` is metrics.json."""
+
+    def on_stream_finished(self, trainer: Trainer, report: Record) -> None:
+        """A run that was to be resumed is finished; ``report`` is its metrics.json."""
 
     def on_predictions(self, trainer: Trainer, records: Sequence[Record]) -> None:
         """Texts before and after the edits: ``prompt``, ``before``, ``after``."""

@@ -21,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 
 from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.callbacks.rows import Rows
+from kedit_lightning.lines import Record
 from kedit_lightning.metrics.generation import says
+from kedit_lightning.models.processes import ranks
 from kedit_lightning.models.progress import DISPLAY
 from kedit_lightning.report import count, edit_line, printable, quoted, table
-from kedit_lightning.run import Record
 
 if TYPE_CHECKING:
     from kedit_lightning.delta import WeightDelta
@@ -72,6 +73,7 @@ class Console(EditCallback):
         self._written: set[str] = set()
         self._unknown: list[Record] = []
         self._already: list[Record] = []
+        self._rejected: list[Record] = []
 
     # ------------------------------------------------------------------ bars
 
@@ -139,7 +141,7 @@ class Console(EditCallback):
     def _writing(self, trainer: Trainer, editor: Editor) -> None:
         """An edit that is made alone has no bar: it would flicker beside that of the edits."""
         if len(editor.edits) > 1:
-            self._bar(trainer, "writing weights", len(self._written), len(editor.sites()))
+            self._bar(trainer, "writing weights", len(self._written), len(editor.names()))
 
     # ------------------------------------------------------------------ edits
 
@@ -158,6 +160,26 @@ class Console(EditCallback):
         self._bar(trainer, "editing", self._done, self._n, self._note(editor))
         if _talks(trainer) and not self.out.is_terminal and self._n > FEW and tenth < 10 * self._done // self._n:
             self.rows.line(Text(f"{self._done} of {self._n} edits, {self._seconds / self._done:.2g} s an edit"))
+
+    def on_edits_rejected(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
+        """Count."""
+        self._done += len(records)
+        self._rejected += records
+
+    def on_stream_resumed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
+        """Say where the stream goes on, and count what is done."""
+        if _talks(trainer):
+            self.rows.line(Text(f"resuming after {len(records)} of {count(self._n)}"))
+        self._done = len(records)
+        self._seconds = sum(record["seconds"] for record in records)
+        self._rejected = [record for record in records if "rejected" in record]
+        self._evaluated = sum("answer_after" in record for record in records)
+
+    def on_stream_finished(self, trainer: Trainer, report: Record) -> None:
+        """Say so."""
+        path = trainer.run.path  # type: ignore[attr-defined] # EditTrainer, which imports this module
+        if trainer.is_global_zero:
+            self.rows.line(Text(f"{path} is finished: {count(report['edits'])} made and measured, nothing to resume"))
 
     def on_edits_evaluated(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
         """A line an edit, where there are few."""
@@ -201,6 +223,12 @@ class Console(EditCallback):
 
     def _warnings(self) -> list[str]:
         found = []
+        if self._rejected:
+            first = self._rejected[0]
+            found.append(
+                f"{len(self._rejected)} of {self._done} edits were rejected and not made (case {first['case_id']}: "
+                f"{first['rejected']})"
+            )
         if self._unknown:
             first = self._unknown[0]
             found.append(
@@ -255,8 +283,9 @@ class _Lines(logging.Handler):
     """What we log goes to standard error, above the bars; it need not be the one of the start."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A line."""
-        sys.stderr.write(f"{self.format(record)}\n")
+        """A line, of the first of several processes."""
+        if ranks()[0] == 0:
+            sys.stderr.write(f"{self.format(record)}\n")
 
 
 _LINES = _Lines()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BEFORE, AFTER, INK = "#b6bcc6", "#2f6db5", "#2b2f36"
 TERMS = {"loss": INK, "nll": "#2f6db5", "distance": "#2f6db5", "kl": "#d9822b", "weight_decay": "#4b9f6a"}
 OTHERS = ("#8d5bb5", "#c0504d", "#7a8699")
-SCORES = ("#2f6db5", "#4b9f6a", "#d9822b", INK, "#8d5bb5")
+SCORES, MARKERS = ("#2f6db5", "#4b9f6a", "#d9822b", INK, "#8d5bb5"), "os^Dv"
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -38,6 +38,7 @@ STYLE: Any = {
     "grid.color": "#e3e6ea",
     "legend.frameon": False,
 }
+ALL = (-math.inf, math.inf)
 FLOOR = 1e-4
 """Losses below are not drawn: at the first evaluation the decay and the KL are 0."""
 
@@ -112,12 +113,12 @@ def before_after(report: Record) -> Figure:
     pre, post = report["pre"], report["post"]
     names = [name for name in shown([pre, post]) if name in pre and name in post]
     shares, bits = [name for name in names if name != "fluency"], [name for name in names if name == "fluency"]
-    figure = _figure(8.6, 1.5 + 0.52 * len(names) + 0.6 * bool(bits))
+    figure = blank(8.6, 1.5 + 0.52 * len(names) + 0.6 * bool(bits))
     parts = [(part, unit) for part, unit in ((shares, "%"), (bits, "bits")) if part]
     axes = figure.subplots(len(parts), squeeze=False, height_ratios=[len(part) + 0.4 for part, _ in parts])[:, 0]
     for axis, (part, unit) in zip(axes, parts, strict=True):
         _bars(axis, part, pre, post, unit)
-    _title(figure, f"{report['editor']}, {count(report['edits'])}")
+    headline(figure, f"{report['editor']}, {count(report['edits'])}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2)
     return figure
@@ -151,7 +152,7 @@ def loss_curves(curves: dict[tuple[int, str], Curves]) -> Figure:
     layers = {layer for layer, _ in curves}
     columns = min(len({stage for _, stage in curves}), 3)
     rows = -(-len(curves) // columns)
-    figure = _figure(max(5.2, 4.3 * columns), 3.8 * rows)
+    figure = blank(max(5.2, 4.3 * columns), 3.8 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     edits = 0
     for axis, ((layer, stage), stage_curves) in zip(axes, curves.items(), strict=False):
@@ -163,7 +164,7 @@ def loss_curves(curves: dict[tuple[int, str], Curves]) -> Figure:
         axis.set_axis_off()
     for axis in axes[::columns]:
         axis.set_ylabel("loss")
-    _title(figure, f"Loss of {count(edits)}" + (": mean, and where the middle 80 % lie" if edits > 1 else ""))
+    headline(figure, f"Loss of {count(edits)}" + (": mean, and where the middle 80 % lie" if edits > 1 else ""))
     return figure
 
 
@@ -209,15 +210,16 @@ def draw_scaling(trainer: Trainer, title: str, rows: Sequence[Record], unedited:
 
 def scaling(title: str, rows: Sequence[Record], unedited: Mapping[str, float | None]) -> Figure:
     """The figure of `draw_scaling`."""
-    figure = _figure(8.2, 4.6)
+    figure = blank(8.2, 4.6)
     axis = figure.subplots()
-    edits = [row["edits"] for row in rows]
-    for name, colour in zip(unedited, SCORES, strict=True):
-        mean, half = (100 * torch.tensor([row[f"{name}{column}"] for row in rows]) for column in ("", "_ci95"))
-        if mean.isnan().all():
+    for i, (name, colour) in enumerate(zip(unedited, SCORES, strict=True)):
+        aside = 1.025 ** (i - len(SCORES) // 2)  # so that equal scores stand beside each other
+        points = [
+            {"edits": aside * row["edits"], "mean": 100 * row[name], "ci95": 100 * row[f"{name}_ci95"]} for row in rows
+        ]
+        if all(math.isnan(point["mean"]) for point in points):
             continue
-        axis.plot(edits, mean, color=colour, lw=2, marker="o", ms=3.5, label=name, zorder=3)
-        axis.fill_between(edits, (mean - half).clamp(0), (mean + half).clamp(max=100), color=colour, alpha=0.15, lw=0)
+        band(axis, points, colour, name, ends=(0, 100), marker=MARKERS[i])
         if (before := unedited[name]) is not None:
             axis.axhline(100 * before, color=colour, lw=1, ls=":", zorder=2)
     axis.set_xscale("log")
@@ -228,11 +230,30 @@ def scaling(title: str, rows: Sequence[Record], unedited: Mapping[str, float | N
     axis.yaxis.set_major_formatter("{x:g} %")
     axis.grid(axis="y", zorder=0)
     figure.legend(loc="outside right center")
-    _title(figure, title)
+    headline(figure, title)
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def band(
+    axis: Axes, rows: Sequence[Record], colour: str, label: str, ends: tuple[float, float] = ALL, marker: str = "o"
+) -> None:
+    """A curve over the number of edits, with its 95 % interval as a band.
+
+    Args:
+        axis: Where to draw.
+        rows: ``edits``, ``mean`` and ``ci95`` of each point; nan where there is none.
+        colour: Of both.
+        label: Of the curve.
+        ends: What the band stays within.
+        marker: Of the points.
+    """
+    edits = [row["edits"] for row in rows]
+    mean, half = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in ("mean", "ci95"))
+    axis.plot(edits, mean, color=colour, lw=2, marker=marker, ms=4, label=label, zorder=3)
+    axis.fill_between(edits, (mean - half).clamp(*ends), (mean + half).clamp(*ends), color=colour, alpha=0.15, lw=0)
+
+
+def blank(width: float, height: float) -> Figure:
     """A figure outside pyplot's state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -243,5 +264,6 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _title(figure: Figure, text: str) -> None:
+def headline(figure: Figure, text: str) -> None:
+    """A title on the left."""
     figure.suptitle(text, fontsize=13, x=0.012, ha="left")

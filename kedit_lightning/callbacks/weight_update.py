@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import LightningModule, Trainer
+from torch import Tensor
 
 from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
+from kedit_lightning.errors import KeditError, RejectedError
+from kedit_lightning.solvers import NotFiniteError
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
@@ -55,15 +58,37 @@ class WeightUpdate(EditCallback):
         """Add the updates of this pass.
 
         Raises:
+            RejectedError: An update is not finite, or a weight with it would not be; none of it is added.
             RuntimeError: The fit ended without a single loss evaluation (Lightning can do so silently).
         """
         assert isinstance(pl_module, Editor)
         if not any(outcome.curves for outcome in pl_module.outcomes if outcome.pass_ == pl_module.pass_):
             msg = f"the fit at step {trainer.global_step} took no steps, so there is nothing to write"
             raise RuntimeError(msg)
-        with closing(pl_module.write()) as updates:
+        with closing(pl_module.write()) as updates, _rejecting(pl_module):
             for delta in updates:
-                pl_module.base.write(delta.name, delta.update)
+                update = delta.update
+                _check_finite(pl_module, delta.name, update)
+                pl_module.base.write(delta.name, update)
                 self.deltas.append(delta)
                 cast("EditTrainer", trainer).tell("on_update_written", pl_module, delta)
         pl_module.settle()
+
+
+@contextmanager
+def _rejecting(editor: Editor) -> Iterator[None]:
+    """Reject all edits of the batch where what is to be solved for, or what is solved, is not finite."""
+    try:
+        yield
+    except (KeditError, NotFiniteError) as error:
+        if not isinstance(error, NotFiniteError) and not isinstance(error.__cause__, NotFiniteError):
+            raise
+        raise RejectedError(dict.fromkeys(range(len(editor.edits)), str(error))) from error
+
+
+def _check_finite(editor: Editor, name: str, update: Tensor) -> None:
+    """See that neither NaN nor infinity gets into a weight, in its own type."""
+    weight = editor.base.master(name)
+    if not (weight + update.to(weight.device)).to(editor.base.weight(name).dtype).isfinite().all():
+        msg = f"the update of {name} is not finite"
+        raise NotFiniteError(msg)

@@ -33,18 +33,7 @@ def read(path: Path | str) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: The file is missing, unreadable, empty or not JSON, or cannot be downloaded.
     """
-    file = download(path) if isinstance(path, str) and path.startswith(("http://", "https://")) else Path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        msg = "no such file; check the path (a relative one starts at the present directory)"
-        raise DataError(msg, file=file) from None
-    except UnicodeDecodeError as error:
-        msg = f"expected UTF-8 text, got bytes that are not ({error.reason} at byte {error.start}); is it compressed?"
-        raise DataError(msg, file=file) from error
-    except OSError as error:
-        msg = f"cannot be read ({error.strerror}); expected a JSON or JSONL file"
-        raise DataError(msg, file=file) from error
+    file, text = read_text(path)
     if not text.lstrip().startswith("["):
         found = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
@@ -58,6 +47,26 @@ def read(path: Path | str) -> Iterator[tuple[str, Any]]:
         msg = "the file is empty; expected a JSON list or JSONL with at least one record"
         raise DataError(msg, file=file)
     yield from found
+
+
+def read_text(path: Path | str) -> tuple[Path, str]:
+    """The file at a path or an `http(s)` address (what is downloaded is kept in `cache_dir()`), and its text.
+
+    Raises:
+        DataError: It is missing, unreadable or no UTF-8, or cannot be downloaded.
+    """
+    file = download(path) if isinstance(path, str) and path.startswith(("http://", "https://")) else Path(path)
+    try:
+        return file, file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        msg = "no such file; check the path (a relative one starts at the present directory)"
+        raise DataError(msg, file=file) from None
+    except UnicodeDecodeError as error:
+        msg = f"expected UTF-8 text, got bytes that are not ({error.reason} at byte {error.start}); is it compressed?"
+        raise DataError(msg, file=file) from error
+    except OSError as error:
+        msg = f"cannot be read ({error.strerror}); expected a text file"
+        raise DataError(msg, file=file) from error
 
 
 def numbered(records: Sequence[Any]) -> list[tuple[str, Any]]:

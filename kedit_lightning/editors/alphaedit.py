@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from kedit_lightning import solvers
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.checks import at_least
 from kedit_lightning.editors.memit import MEMIT
-from kedit_lightning.edits import Site
+from kedit_lightning.edits import Edit, Site
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.memory import require
 
@@ -39,6 +39,7 @@ class AlphaEdit(MEMIT):
         self, base: LanguageModel, layers: list[int], nullspace_threshold: float = 2e-2, L2: float = 10.0, **shared: Any
     ) -> None:
         super().__init__(base, layers, mom2_update_weight=1.0, **shared)
+        self.hparams.pop("mom2_update_weight", None)  # `solve` has no λ
         at_least(1e-12, nullspace_threshold=nullspace_threshold, L2=L2)
         self.nullspace_threshold, self.L2 = nullspace_threshold, L2
         self.forget()
@@ -49,6 +50,12 @@ class AlphaEdit(MEMIT):
         require(self.base, self.sites(), 0, kept=2)  # U and M
         for moment in self.moments.values():
             moment.null_space(self.nullspace_threshold, self.base.device)
+
+    def begin(self, edits: Sequence[Edit], pass_: int = 0) -> None:
+        """Also room for M, which the first commit makes."""
+        if pass_ == 0 and not self.remembered:
+            require(self.base, self.sites(), len(edits), kept=1)
+        super().begin(edits, pass_)
 
     def write(self) -> Generator[WeightDelta, None, None]:
         """MEMIT's layers; then the keys of all of them, read on the edited model, are remembered."""
@@ -65,10 +72,9 @@ class AlphaEdit(MEMIT):
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Add ``K Kᵀ`` of a commit's keys, shape ``(n, k)``, to each layer's M."""
-        for name, keys in memory.items():
-            double = solvers.double(keys)
-            gram = (double.T @ double).cpu()
-            self.remembered[name] = gram + self.remembered[name] if name in self.remembered else gram
+        doubles = {name: solvers.double(keys) for name, keys in memory.items()}
+        grams = {name: (keys.T @ keys).cpu() for name, keys in doubles.items()}
+        self.remembered |= {name: gram.add_(self.remembered.get(name, 0)) for name, gram in grams.items()}
 
     def forget(self) -> None:
         """M = 0 again."""

@@ -111,7 +111,10 @@ class Editor(StagedTraining):
     def config(self) -> dict[str, Any]:
         """The settings as plain data, statistics and templates included."""
         own = {key: value for key, value in self.hparams.items() if not key.startswith("_")}  # without jsonargparse's
-        return {key: asdict(value) if is_dataclass(value) else value for key, value in own.items()}
+        return {
+            key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for key, value in own.items()
+        }
 
     # ------------------------------------------------------------------ what an editor says
 
@@ -142,6 +145,10 @@ class Editor(StagedTraining):
     def sites(self) -> list[Site]:
         """Where weights are edited and keys are read."""
         return [Site(layer, "mlp") for layer in self.layers]
+
+    def names(self) -> list[str]:
+        """The names of the weights that are edited, among the model's parameters."""
+        return [self.base.name(site) for site in self.sites()]
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Take in what a commit has remembered; called after each commit with its `memory`."""
@@ -192,7 +199,7 @@ class Editor(StagedTraining):
             KeditError: There are more edits than memory for their keys and values.
         """
         if pass_ == 0:
-            require(self.base, self.sites(), len(edits))
+            require(self.base, self.sites(), len(edits), moments=self.moments)
             requests = [self.request(edit) for edit in edits]
             self.parts = Parts(self.base, requests, self.templates, self.budget, separate=self.separate_targets)
             self.edits, self.outcomes, self.memory = edits, [], {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from kedit_lightning.data.prompts import EditBatch, edit_batches
 from kedit_lightning.edits import Edit
@@ -22,6 +23,7 @@ class Parts(Sequence[EditBatch]):
         templates: Context templates in groups.
         max_tokens: Tokens of a part at most, padding included.
         separate: Whether targets are tokenised on their own.
+        batch_size: Edits of a mini-batch, in their order; the edits of a part are of one. None: all are one batch.
     """
 
     def __init__(
@@ -32,15 +34,25 @@ class Parts(Sequence[EditBatch]):
         max_tokens: int,
         *,
         separate: bool = False,
+        batch_size: int | None = None,
     ) -> None:
         self.base, self.edits, self.templates, self.separate = base, edits, templates, separate
-        self.max_tokens = max_tokens
+        self.max_tokens, self.batch_size = max_tokens, batch_size or len(edits)
         self._parts = self._share_out(range(len(edits)))
 
     def _share_out(self, places: Sequence[int]) -> list[EditBatch]:
-        edits = [self.edits[i] for i in places]
-        batches = edit_batches(self.base, edits, self.templates, max_tokens=self.max_tokens, separate=self.separate)
-        return [batch.placed(places) for batch in batches]
+        parts = []
+        for _, group in groupby(places, lambda place: place // self.batch_size):
+            mine = list(group)
+            edits = [self.edits[i] for i in mine]
+            batches = edit_batches(self.base, edits, self.templates, max_tokens=self.max_tokens, separate=self.separate)
+            parts += [batch.placed(mine) for batch in batches]
+        return parts
+
+    def of_batch(self, i: int) -> list[int]:
+        """The parts of the mini-batch that part i is of."""
+        batches = [int(part.index[0]) // self.batch_size for part in self._parts]
+        return [j for j, batch in enumerate(batches) if batch == batches[i]]
 
     def __len__(self) -> int:
         return len(self._parts)

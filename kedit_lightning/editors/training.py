@@ -151,7 +151,7 @@ class StagedTraining(LightningModule, ABC):
         self._evaluation += 1
         total = loss.total
         self._check_finite(total)
-        self._log_curves(stage.name)
+        self._log_curves(stage.name, self.part.index)
         running &= ~stage.stop(loss)
         self._outcome.converged[self.batch.index] = ~running.cpu()
         last = self._evaluation == stage.steps
@@ -196,14 +196,14 @@ class StagedTraining(LightningModule, ABC):
         reasons = {}
         for i in torch.nonzero(~loss.isfinite())[:, 0].tolist():
             what = f"case {self.batch.edits[i].case_id}: the loss is {float(loss.detach()[i]):g}"
-            advice = "load the model in float32 or bfloat16, or lower v_lr"
+            advice = "load the model in float32 or bfloat16, or lower the learning rate"
             reasons[int(self.batch.index[i])] = f"{what} at step {self._evaluation}; {advice}"
         if reasons:
             raise RejectedError(reasons)
 
-    def _log_curves(self, name: str) -> None:
-        """Means over the edits of the part, those that are done included."""
-        outcome, index = self._outcome, self.part.index
+    def _log_curves(self, name: str, index: Tensor) -> None:
+        """Means over some edits, those that are done included."""
+        outcome = self._outcome
         means = {
             f"{name}/{term}": float(values[index].mean())
             for term, values in outcome.curves[self._evaluation - 1].items()

@@ -1,12 +1,14 @@
 """Metrics: one scorer, many metrics, and the evaluator that applies them to edits."""
 
 from kedit_lightning.data.datasets import ReferenceTexts
-from kedit_lightning.metrics.collection import REPORTED, EditMetrics, paper_names
+from kedit_lightning.metrics.collection import REPORTED, EditMetrics, eac_names, paper_names
 from kedit_lightning.metrics.evaluator import Evaluation, Evaluator
 from kedit_lightning.metrics.functional import PromptScores, Summary
 from kedit_lightning.metrics.generation import GeneratedAccuracy, NGramEntropy, TfidfConsistency
 from kedit_lightning.metrics.per_case import PerCaseMetric
+from kedit_lightning.metrics.questions import Reference
 from kedit_lightning.metrics.rewrite import (
+    Agreement,
     HarmonicScore,
     PairwiseSuccess,
     RelationSpecificity,
@@ -18,6 +20,7 @@ from kedit_lightning.metrics.scorer import Scorer
 
 __all__ = [
     "REPORTED",
+    "Agreement",
     "EditMetrics",
     "Evaluation",
     "Evaluator",
@@ -27,6 +30,7 @@ __all__ = [
     "PairwiseSuccess",
     "PerCaseMetric",
     "PromptScores",
+    "Reference",
     "ReferenceTexts",
     "RelationSpecificity",
     "Scorer",
@@ -35,6 +39,7 @@ __all__ = [
     "TfidfConsistency",
     "Unchanged",
     "curve",
+    "eac_names",
     "interval_over_runs",
     "paper_names",
 ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import cast
 
+import torch
 from torchmetrics import MetricCollection
 
 from kedit_lightning.metrics.functional import Summary
 from kedit_lightning.metrics.generation import GeneratedAccuracy, NGramEntropy, TfidfConsistency
 from kedit_lightning.metrics.per_case import PerCaseMetric
 from kedit_lightning.metrics.rewrite import (
+    Agreement,
     HarmonicScore,
     PairwiseSuccess,
     RelationSpecificity,
@@ -28,9 +31,9 @@ class EditMetrics(MetricCollection):
     Names carry the protocol: ``efficacy``, ``generalization``, ``s_specificity`` and ``r_specificity`` are pairwise
     success; with ``_magnitude`` the difference of probabilities, with ``_accuracy`` and ``_exact`` teacher-forced
     arg-max accuracy over tokens and whole answers. ``efficacy_generated`` is free greedy generation,
-    ``r_specificity_unchanged`` the share of unchanged arg-maxes. ``score3`` and ``score4`` are harmonic means of the
-    success triple and of all four, ``mean3`` and ``mean4`` arithmetic, ``score3_accuracy`` and ``mean3_accuracy`` of
-    the accuracy triple (zsRE).
+    ``r_specificity_unchanged`` the share of unchanged arg-maxes, ``locality`` (EAC) that over the tokens of the
+    neighborhood's answers. ``score3`` and ``score4`` are harmonic means of the success triple and of all four,
+    ``mean3`` and ``mean4`` arithmetic, ``score3_accuracy`` and ``mean3_accuracy`` of the accuracy triple (zsRE).
     """
 
     def __init__(self) -> None:
@@ -40,6 +43,7 @@ class EditMetrics(MetricCollection):
             "s_specificity": PairwiseSuccess("true"),
             "r_specificity": RelationSpecificity(),
             "r_specificity/unchanged": Unchanged(),
+            "locality": Agreement(),
             "efficacy/generated": GeneratedAccuracy(),
             "fluency": NGramEntropy(),
             "consistency": TfidfConsistency(),
@@ -62,6 +66,15 @@ class EditMetrics(MetricCollection):
                 known = {_name(str(key), column): value for column, value in values.items() if value == value}
                 found.setdefault(case, {}).update(known)
         return {case: {name: values[name] for name in REPORTED if name in values} for case, values in found.items()}
+
+    def add(self, lines: Mapping[int, Mapping[str, float]]) -> None:
+        """Add cases by the values that `latest` gave of them, bit for bit: case → name → value."""
+        cases = torch.tensor(list(lines), dtype=torch.long)
+        for key in self.keys(keep_base=True):
+            metric = self.metric(str(key))
+            names = [_name(str(key), column) for column in metric.columns]
+            columns = (torch.tensor([line.get(name, math.nan) for line in lines.values()]) for name in names)
+            metric.append(cases, *columns)
 
     def compute(self) -> dict[str, Summary]:
         """Summaries on the raw scale by reported name; those of which no case has anything are left out.
@@ -90,7 +103,7 @@ class EditMetrics(MetricCollection):
 
 REPORTED = (
     *(f"{name}{suffix}" for name in REWRITE for suffix in ("", "_magnitude", "_accuracy", "_exact")),
-    *("r_specificity", "r_specificity_magnitude", "r_specificity_unchanged"),
+    *("r_specificity", "r_specificity_magnitude", "r_specificity_unchanged", "locality"),
     *("score3", "mean3", "score4", "mean4", "score3_accuracy", "mean3_accuracy"),
     *("efficacy_generated", "fluency", "consistency"),
 )
@@ -112,6 +125,15 @@ def paper_names(reported: Container[str]) -> dict[str, str]:
     suffix = "" if "efficacy" in reported else "_accuracy"
     names = zip(("ES", "GS", "LS", "Score"), (*REWRITE, "score3"), strict=True)
     return {name: f"{metric}{suffix}" for name, metric in names}
+
+
+def eac_names() -> dict[str, str]:
+    """The measures of EAC (Xu et al., 2024), all shares of tokens, under the names that they are reported by."""
+    return {
+        "reliability": "efficacy_accuracy",
+        "generalization": "generalization_accuracy",
+        "locality": "locality",
+    }
 
 
 def _name(key: str, column: str) -> str:

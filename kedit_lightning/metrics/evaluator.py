@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from kedit_lightning.errors import DataError, KeditError
 from kedit_lightning.metrics.collection import EditMetrics
 from kedit_lightning.metrics.functional import WORD, PromptScores, fit_tfidf, tfidf_consistency
 from kedit_lightning.metrics.generation import says, text_entropies
-from kedit_lightning.metrics.questions import Question, edited_relations, identity, questions
+from kedit_lightning.metrics.questions import Question, Reference, edited_relations, golden, identity, questions
 from kedit_lightning.metrics.scorer import CANDIDATES, Scorer
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.generation import generate, normalise
@@ -79,7 +79,7 @@ class Evaluator:
         self.settings = settings
         self.reference_texts = reference_texts or {}
         self.scorer = Scorer(base, settings.max_tokens)
-        self._references: dict[tuple[int, int], tuple[int, int]] = {}
+        self._references: dict[int, Reference] = {}
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -92,6 +92,7 @@ class Evaluator:
             "success": "strictly likelier; a tie fails",
             "r_specificity": f"first content token of the unedited model's {CANDIDATES} likeliest, against the least "
             "likely token of the new target; relations edited for the same subject in the batch left out",
+            "locality": "tokens of the neighborhood's answers, teacher-forced, whose arg-max is the unedited model's",
             "aggregation": "mean over the prompts of a case, then over cases; std with ddof 0 over cases",
             "generated": "greedy, begins with the new target as whole words, tokens of the target + 1",
             "generation": {
@@ -108,22 +109,36 @@ class Evaluator:
         """An empty collection of metrics, on the model's device."""
         return EditMetrics().to(self.base.device)
 
-    def references(self, edits: Sequence[Edit], progress: Callable[[int], None] | None = None) -> None:
-        """Keep what the model says now, unedited, to relation-specific prompts.
+    def references(self, edits: Sequence[Edit]) -> list[Reference]:
+        """Keep what the model says now, unedited, to prompts whose answers are to stay as they are.
 
         Args:
             edits: The edits that will be evaluated later.
-            progress: Called with the number of edits done.
+
+        Returns:
+            One for each edit, for `refer_to`.
         """
+        found: list[Reference] = []
         for start in range(0, len(edits), CHUNK):
             part = edits[start : start + CHUNK]
-            keys = [(identity(e), i, prompt) for e in part for i, prompt in enumerate(e.relation_specific_prompts)]
+            asked = [golden(edit) for edit in part]
             with self._naming(part):
-                content, top = self.scorer.next_token([prompt for _, _, prompt in keys])
-            for (case, i, _), pair in zip(keys, zip(content.tolist(), top.tolist(), strict=True), strict=True):
-                self._references[case, i] = pair
-            if progress is not None:
-                progress(start + len(part))
+                content, top = self.scorer.next_token([p for edit in part for p in edit.relation_specific_prompts])
+                likeliest = self.scorer.likeliest([pair for pairs in asked for pair in pairs])
+            relations, neighborhood = iter(zip(content.tolist(), top.tolist(), strict=True)), iter(likeliest)
+            found += [
+                Reference(
+                    list(islice(relations, len(edit.relation_specific_prompts))),
+                    list(islice(neighborhood, len(pairs))),
+                )
+                for edit, pairs in zip(part, asked, strict=True)
+            ]
+        self.refer_to(edits, found)
+        return found
+
+    def refer_to(self, edits: Sequence[Edit], references: Sequence[Reference]) -> None:
+        """Take in what `references` gave in an earlier process."""
+        self._references |= dict(zip(map(identity, edits), references, strict=True))
 
     def answers(self, edits: Sequence[Edit]) -> list[str]:
         """Greedy answers to the edit prompts on one line each, one token longer than the new target."""
@@ -144,6 +159,7 @@ class Evaluator:
         edits: Sequence[Edit],
         progress: Callable[[int], None] | None = None,
         edited: Sequence[Edit] | None = None,
+        texts: bool = True,
     ) -> list[dict[str, float]]:
         """Score edits on the model as it is now.
 
@@ -152,6 +168,7 @@ class Evaluator:
             edits: The edits to score.
             progress: Called with the number of edits done.
             edited: The edits made together, whose relations are left out of relation specificity; default: `edits`.
+            texts: Whether the model is also let write, where the settings say so.
 
         Returns:
             For each edit its values by reported name, with ``p_new`` and ``p_true``: the geometric-mean token
@@ -159,18 +176,27 @@ class Evaluator:
         """
         relations = edited_relations(edits if edited is None else edited)
         lines: list[dict[str, float]] = []
-        chunk = WRITING if self.settings.generation else CHUNK
+        texts = texts and self.settings.generation
+        chunk = WRITING if texts else CHUNK
         for start in range(0, len(edits), chunk):
             part = edits[start : start + chunk]
             with self._naming(part):
                 probabilities = self._rewrite(metrics, part, relations)
-                if self.settings.generation:
+                if texts:
                     self._write(metrics, part)
             latest = metrics.latest()
             lines += [latest[identity(edit)] | pair for edit, pair in zip(part, probabilities, strict=True)]
             if progress is not None:
                 progress(len(lines))
         return lines
+
+    def collect(
+        self, edits: Sequence[Edit], lines: Sequence[Mapping[str, float]], metrics: EditMetrics | None = None
+    ) -> EditMetrics:
+        """Metrics of edits from what `update` returned for them, bit for bit; added to others where these are given."""
+        metrics = metrics or self.new()
+        metrics.add(dict(zip(map(identity, edits), lines, strict=True)))
+        return metrics
 
     @contextmanager
     def _naming(self, edits: Sequence[Edit]) -> Iterator[None]:
@@ -207,6 +233,8 @@ class Evaluator:
                 metrics.metric(name).update(cases, other[rows].nll_sum, new[rows].nll_max)
                 metrics.metric(f"{name}/unchanged").update(cases, top[rows].token_accuracy)
                 continue
+            if name == "s_specificity":
+                metrics.metric("locality").update(cases, top[rows].n_correct, top[rows].n_tok)
             metrics.metric(name).update(cases, new[rows].nll_mean, other[rows].nll_mean)
             answer = other[rows] if name == "s_specificity" else new[rows]
             metrics.metric(f"{name}/target").update(cases, answer.n_correct, answer.n_tok)

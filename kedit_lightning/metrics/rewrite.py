@@ -98,6 +98,26 @@ class Unchanged(PerCaseMetric):
         self.append(case_ids, same)
 
 
+class Agreement(PerCaseMetric):
+    """Share of an answer's tokens, read on prompts of other subjects, whose arg-max is the unedited model's: locality.
+
+    As EAC's code and EasyEdit have it; EAC's formula compares with the model before the last edit instead.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("value")
+
+    def update(self, case_ids: Tensor, n_same: Tensor, n_tok: Tensor) -> None:
+        """Add prompts.
+
+        Args:
+            case_ids: The case of each prompt, shape ``(b,)``.
+            n_same: Tokens whose arg-max is the unedited model's, shape ``(b,)``.
+            n_tok: Tokens of the answer, shape ``(b,)``; nan where there is no answer.
+        """
+        self.append(case_ids, n_same / n_tok)
+
+
 class HarmonicScore(WrapperMetric):
     """One number for an editor: the harmonic mean of several metrics' means over cases, and the arithmetic one.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,6 +13,20 @@ from kedit_lightning.edits import Token
 from kedit_lightning.metrics.functional import PromptScores, prompt_scores
 from kedit_lightning.metrics.stopwords import is_content
 from kedit_lightning.models import LanguageModel, Row, buckets, collate
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Tokens that are asked for while another answer is read.
+
+    Args:
+        text: The answer that is read.
+        ids: A token for each token of it.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+
 
 CANDIDATES = 20
 """Likeliest next tokens among which a content word is looked for."""
@@ -29,12 +45,12 @@ class Scorer:
         self.base = base
         self.max_tokens = max_tokens
 
-    def score(self, prompts: Sequence[str], targets: Sequence[str | int]) -> PromptScores:
+    def score(self, prompts: Sequence[str], targets: Sequence[str | int | Forced]) -> PromptScores:
         """Teacher-forced scores of answers.
 
         Args:
             prompts: b prompts; white space at their end is dropped.
-            targets: The answer to each, joined to the prompt by one space, or the id of one next token.
+            targets: The answer to each, joined to the prompt by one space, the id of one next token, or `Forced` ones.
 
         Returns:
             Columns of shape ``(b,)`` on the CPU, in the order given.
@@ -46,6 +62,8 @@ class Scorer:
         for prompt, target in zip(prompts, targets, strict=True):
             if isinstance(target, str):
                 rows.append(self.base.encode(prompt.rstrip(), target.strip()))
+            elif isinstance(target, Forced):
+                rows.append(Row(self.base.encode(prompt.rstrip(), target.text.strip()).ids, list(target.ids), {}))
             else:
                 rows.append(Row(self.base.encode(prompt.rstrip()).ids, [target], {}))
         return self._score(rows)
@@ -71,6 +89,26 @@ class Scorer:
                 content[i] = next((t for t, text in zip(ids, decoded, strict=True) if is_content(text)), ids[0])
                 top[i] = ids[0]
         return content, top
+
+    @torch.no_grad()
+    def likeliest(self, asked: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """The likeliest token at each token of an answer that is read, as the reference of locality.
+
+        Args:
+            asked: Prompts, each with its answer.
+        """
+        rows = [self.base.encode(prompt.rstrip(), target.strip()) for prompt, target in asked]
+        found: list[list[int]] = [[] for _ in rows]
+        for bucket in buckets([len(row.ids) for row in rows], self.max_tokens):
+            lengths = [len(rows[i].targets) for i in bucket]
+            line = torch.arange(len(bucket)).repeat_interleave(torch.tensor(lengths))
+            begin = [len(rows[i].ids) - length for i, length in zip(bucket, lengths, strict=True)]
+            position = torch.cat([torch.arange(b, b + length) for b, length in zip(begin, lengths, strict=True)])
+            logits = self.base.logits(collate([rows[i] for i in bucket]), (line, position))
+            ids = iter(logits.argmax(dim=-1).tolist())
+            for i, length in zip(bucket, lengths, strict=True):
+                found[i] = list(islice(ids, length))
+        return found
 
     @torch.no_grad()
     def _score(self, rows: Sequence[Row]) -> PromptScores:

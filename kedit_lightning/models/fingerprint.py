@@ -55,7 +55,8 @@ def fingerprint_below(base: LanguageModel, layer: int) -> str:
     for name, parameter in sorted(base.model.named_parameters()):
         if name.startswith(above):
             continue
-        value = base.pristine(name) if name.endswith(".weight") else parameter
+        value = base.pristine(name)
+        value = value[:, 0] if parameter.ndim == 1 else value
         digest.update(f"{name} {(*value.shape, value.dtype)}".encode())
         bits = value.detach().view(_INTEGERS[value.element_size()])
         for axis, size in enumerate(bits.shape):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import unicodedata
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     max_tokens: int = 8192,
     with_prompt: bool = False,
+    until_end: bool = False,
 ) -> list[str]:
     """Continue prompts; the end-of-text token is a token like others, left out of the text.
 
@@ -42,6 +44,7 @@ def generate(
         seed: Seed of the sampling, one number (each row then has its own stream) or one a prompt.
         max_tokens: Budget of a batch.
         with_prompt: Return prompt and continuation rather than the continuation alone.
+        until_end: Cut a continuation at its first end-of-text token.
 
     Returns:
         One text a prompt, special tokens left out.
@@ -63,6 +66,9 @@ def generate(
     new = [max(0, min(n, base.max_length - len(row))) for n, row in zip(wanted, rows, strict=True)]
     seeds = _seeds(seed, len(rows)) if isinstance(seed, int) else seed
     tails = _continue(base, rows, new, top_k, seeds, max_tokens)
+    if until_end:
+        end = base.tokenizer.eos_token_id
+        tails = [list(takewhile(lambda token: token != end, tail)) for tail in tails]
     texts = [_tail_text(base, row, tail) for row, tail in zip(rows, tails, strict=True)]
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)] if with_prompt else texts
 

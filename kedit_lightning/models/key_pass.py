@@ -177,7 +177,7 @@ class KeyPass(LightningModule):
         return self.sums.take(self.reader.base.device)
 
     def _count(self, documents: Sequence[Tensor]) -> int:
-        return sum(len(ids) - self.reader.skip for ids in documents)
+        return sum(len(ids[self.reader.skip :]) for ids in documents)
 
     def _show(self, done: int) -> None:
         total, documents = self.extent.tokens, self.extent.documents

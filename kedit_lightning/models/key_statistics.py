@@ -20,6 +20,8 @@ WHITENS_WELL = 1e8
 """Largest condition of C at which batches are solved through C⁻¹: the error, measured up to 5e-9 there and growing in
 proportion, then stays below the 6e-8 with which a delta is rounded to float32, with room for a low estimate."""
 
+ROOMY = 6
+"""Float64 matrices of a second moment's size that must fit into a GPU for it to be solved there."""
 ASYMMETRY = 1e-3
 """How far mirror images may lie apart, in units of the largest diagonal entry: float32 sums over many keys round."""
 ADVICE = "take more tokens (`statistics.tokens`; 10 × the width is usual) or set `statistics.ridge`, say 1e-3"
@@ -74,6 +76,12 @@ class KeyStatistics:
         self._condition: float | None = None
         self._null_spaces: dict[float, Tensor] = {}
 
+    def plus(self, other: KeyStatistics, weight: float) -> KeyStatistics:
+        """Those of C + weight · C of others, in float64."""
+        mean = double(self.mean) + weight * double(other.mean)
+        count = None if self.count is None or other.count is None else self.count + other.count
+        return KeyStatistics(mean, count, self.ridge, self.name)
+
     def factor(self, device: torch.device | None = None) -> Tensor:
         """Lower Cholesky factor of C with its ridge, float64, shape ``(k, k)``; made once.
 
@@ -98,6 +106,11 @@ class KeyStatistics:
             log.info("Second moment of %s: condition about %.0e.", self.name, number)
         self._factor, self._condition = factor, number
         return factor
+
+    @property
+    def factor_is_due(self) -> bool:
+        """Whether a factor may still be made and kept: none has been tried, and C is not used by its null space."""
+        return self._condition is None and not self._null_spaces
 
     def solve(self, keys: Tensor) -> Tensor:
         """``C⁻¹ k`` for keys of shape ``(k,)`` or ``(n, k)``; float64, same shape and (if it has float64) device."""
@@ -230,8 +243,8 @@ class KeyStatistics:
         return f"the second moment of {self.name} {how} (width {self.width}, {tokens} tokens); {ADVICE}"
 
     def roomy(self, device: torch.device | None) -> torch.device:
-        """The device, if it does float64 and six matrices of that size fit into it."""
-        if device is not None and device.type == "cuda" and free_memory(device) > 6 * 8 * self.width**2:
+        """The device, if it does float64 and `ROOMY` matrices of that size fit into it."""
+        if device is not None and device.type == "cuda" and free_memory(device) > ROOMY * 8 * self.width**2:
             return device
         return torch.device("cpu")
 
@@ -252,6 +265,8 @@ class Identity(KeyStatistics):
     def mean(self) -> Tensor:  # type: ignore[override]
         """The identity, shape ``(k, k)``."""
         return torch.eye(self.width)
+
+    factor_is_due = False
 
     def solve(self, keys: Tensor) -> Tensor:
         """The keys themselves, in float64."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -16,7 +17,7 @@ from kedit_lightning.errors import ModelError
 from kedit_lightning.models.architectures import Architecture
 from kedit_lightning.models.encoding import Batch, Row, encode
 from kedit_lightning.models.loading import find_architecture, load
-from kedit_lightning.models.weights import HALVES, EditableWeights, math_view
+from kedit_lightning.models.weights import HALVES, EditableWeights
 from kedit_lightning.solvers import double
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -167,7 +168,12 @@ class LanguageModel(EditableWeights):
 
     def weight(self, site: Site | str) -> Tensor:
         """View of a weight matrix in math orientation, shape ``(out, in)``; by its site or by its name."""
-        return super().weight(site) if isinstance(site, str) else math_view(self.linear(site))
+        return super().weight(site if isinstance(site, str) else self._named(site))
+
+    def _named(self, site: Site) -> str:
+        """Name of the site's weight matrix, which can be edited."""
+        self.linear(site)
+        return self.name(site)
 
     # ------------------------------------------------------------------ reading and adding
 
@@ -182,24 +188,29 @@ class LanguageModel(EditableWeights):
         """Tokenise a prompt with its continuation; see `models.encoding.encode`."""
         return encode(self.tokenizer, prompt, target, subject, max_length=self.max_length, separate=separate)
 
-    def logits(self, batch: Batch, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def logits(
+        self, batch: Batch, at: tuple[Tensor, Tensor] | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Next-token logits.
 
         Args:
             batch: b rows of t tokens.
             at: Row and position of p tokens, both of shape ``(p,)``: the model's head is run on these only.
+            weights: By name, in math orientation, what this pass takes instead of the model's own weights.
 
         Returns:
             Shape ``(b, t, vocabulary)``, or ``(p, vocabulary)`` with ``at``.
         """
         batch = batch.to(self.device)
+        inputs = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
+        instead = {name: self.as_parameter(name, value) for name, value in (weights or {}).items()}
         with self._head_at(at) if at else nullcontext():
-            out = self.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
+            out = functional_call(self.model, instead, (), inputs) if instead else self.model(**inputs)
         logits: Tensor = out.logits
         return logits[0] if at else logits
 

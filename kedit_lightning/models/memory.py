@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models.devices import free_memory
+from kedit_lightning.models.key_statistics import ROOMY, KeyStatistics
 from kedit_lightning.models.language_model import LanguageModel
+from kedit_lightning.solvers import woodbury_is_cheaper
 
 CPU_TOKENS = 2048
 """Tokens of a batch on a CPU: enough to fill its cores; more of them only wait for each other's padding."""
@@ -31,23 +34,62 @@ def token_budget(base: LanguageModel) -> int:
     return max(1, int(SHARE * free_memory(base.device) / token))
 
 
-def require(base: LanguageModel, sites: Sequence[Site], n: int, kept: int = 0) -> None:
-    """Refuse, before anything is done, more edits than main memory holds keys and values for.
+def require(
+    base: LanguageModel,
+    sites: Sequence[Site],
+    n: int,
+    kept: int = 0,
+    moments: Mapping[Site, KeyStatistics] = MappingProxyType({}),
+) -> None:
+    """Refuse, before anything is done, more edits than memory holds keys and values for.
 
-    A layer is written with three k × k matrices and, an edit, three keys and four values, all in float64; ``kept`` more
-    matrices of that size stay in memory for each.
+    Args:
+        base: The base model.
+        sites: Where its weights are edited.
+        n: Edits of a batch.
+        kept: Matrices of k × k in float64 that are yet to be made and then stay in main memory, for each site.
+        moments: Second moments, whose Cholesky factors may be made and then stay.
 
     Raises:
         KeditError: It takes more than is free; the message says for how many edits there is room.
     """
-    shapes = [base.weight(site).shape for site in sites]
-    fixed = max(8 * 3 * k * k for _, k in shapes) + sum(8 * kept * k * k for _, k in shapes)
-    each = max(8 * (3 * k + 4 * d) for d, k in shapes)
-    free = free_memory(torch.device("cpu"))
-    if fixed + n * each > free:
+    for device, (fixed, each) in needed(base, sites, n, kept, moments).items():
+        free = free_memory(device)
+        if fixed + n * each <= free:
+            continue
         room = max(0, (free - fixed) // each)
+        where = "" if device.type == "cpu" else f" on {device}"
         msg = (
             f"{n:,} edits together need about {(fixed + n * each) / 2**30:.1f} GiB for their keys and values and the "
-            f"solve, {free / 2**30:.1f} GiB are free: set data.batch_size to at most {room:,}"
+            f"solve, {free / 2**30:.1f} GiB are free{where}: set data.batch_size to at most {room:,}"
         )
         raise KeditError(msg if room else msg.rpartition(":")[0] + ": a machine with more memory is needed")
+
+
+def needed(
+    base: LanguageModel,
+    sites: Sequence[Site],
+    n: int,
+    kept: int = 0,
+    moments: Mapping[Site, KeyStatistics] = MappingProxyType({}),
+) -> dict[torch.device, tuple[int, int]]:
+    """What `require` asks for: bytes that do not grow with the edits, and bytes an edit, on each device.
+
+    A layer is written with three k × k matrices and, an edit, three keys and four values, all in float64 in main
+    memory. On a GPU are the keys of all sites and three values an edit in float32, as they are read. The factor of C
+    (8 k² bytes) of a site whose batches are solved by it stays on the GPU while there is room, else in main memory.
+    """
+    shapes = {site: tuple(base.weight(site).shape) for site in sites}
+    fixed = max(8 * 3 * k * k for _, k in shapes.values()) + sum(8 * kept * k * k for _, k in shapes.values())
+    there, room = 0, free_memory(base.device) if base.device.type == "cuda" else 0
+    for site, (d, k) in shapes.items():
+        if site in moments and moments[site].factor_is_due and woodbury_is_cheaper(n, d, k):
+            if room - there > ROOMY * 8 * k * k:
+                there += 8 * k * k
+            else:
+                fixed += 8 * k * k
+    found = {torch.device("cpu"): (fixed, max(8 * (3 * k + 4 * d) for d, k in shapes.values()))}
+    if base.device.type == "cuda":
+        keys, values = sum(k for _, k in shapes.values()), max(d for d, _ in shapes.values())
+        found[base.device] = there, 4 * (keys + 3 * values)
+    return found

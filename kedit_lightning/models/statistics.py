@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from kedit_lightning.models.key_pass import Extent, KeyPass
 from kedit_lightning.models.key_statistics import Identity, KeyStatistics
 from kedit_lightning.models.language_model import LanguageModel
 from kedit_lightning.models.moment_cache import About, MomentCache
-from kedit_lightning.models.packing import ForwardDtype, KeyReader
+from kedit_lightning.models.packing import ForwardDtype, KeyReader, rounds
 from kedit_lightning.models.processes import of_all, ranks
 from kedit_lightning.models.second_moment import SecondMoment
 
@@ -49,7 +49,8 @@ class Statistics:
         max_length: A document is cut after this many tokens, and at the model's own limit.
         skip_first_token: Leave out each document's first token (BOS), whose key is huge in some models.
         forward_dtype: Precision of the matrix products in the model's forward pass: ``float32``, ``tf32`` or
-            ``bfloat16``; null: as the model is loaded. The weights stay as they are, and so does ``mom2_dtype``.
+            ``bfloat16``; null: as the model is loaded. The weights stay as they are, and so does ``mom2_dtype``. Less
+            than float32 takes a row a document, since documents packed into one would round otherwise.
         tolerance: End the count early, at the first doubling of the tokens that changes C⁻¹k by no more than this
             fraction in every layer (median over 256 held-out keys; say 0.05). The change is shown and kept in the
             file's header in any case. The held-out keys are of the first documents, which are counted last.
@@ -124,6 +125,19 @@ class Statistics:
         """The statistics file or folder that is meant, if one is; a folder may well be called ``almanac``."""
         return None if self.source in KEYWORDS else moment_files.given(self.source)
 
+    def check(self, base: LanguageModel, sites: Sequence[Site]) -> None:
+        """See whether there is something to compute, as far as that shows before anything is computed.
+
+        Raises:
+            StatisticsError: There is not, or the source is no such file.
+        """
+        if self.source == "identity" or self.given:
+            self.second_moments(base, sites)  # a given file is read, and so checked
+            source = self.source
+            msg = f"nothing to compute: `statistics.source` is {source}; expected almanac, a text file or a dataset"
+            raise StatisticsError(msg)
+        self._corpus.identity()
+
     def files(self, base: LanguageModel, sites: Sequence[Site]) -> dict[Site, Path]:
         """Where the computed statistics of sites are kept, or would be."""
         names = {site: base.name(site).removesuffix(".weight") for site in sites}
@@ -154,11 +168,9 @@ class Statistics:
         devices: int,
     ) -> dict[Site, moment_files.Moment]:
         """Compute second moments, and keep them."""
-        one, skip = about[sites[0]], int(self.skip_first_token)
+        one = about[sites[0]]
         extent = Extent(None if self.tokens == "full" else int(one["tokens"]), self._corpus.size, self.tolerance)
-        documents = tokenise(
-            self._corpus, base.tokenizer, max_length=int(one["max_length"]), tokens=extent.tokens, skip=skip
-        )
+        documents, skip = self._tokenise(base, int(one["max_length"]), extent.tokens)
         if (first := next(documents, None)) is None:
             msg = f"{self.source}: expected documents with more than {skip} tokens, got none"
             raise StatisticsError(msg)
@@ -187,6 +199,11 @@ class Statistics:
         if ranks()[1] > 1:
             distributed.barrier()  # the files are there for every process
         return found
+
+    def _tokenise(self, base: LanguageModel, max_length: int, tokens: int | None) -> tuple[Iterator[torch.Tensor], int]:
+        """Token ids of each document, and from which token on its keys count."""
+        skip = int(self.skip_first_token)
+        return tokenise(self._corpus, base.tokenizer, max_length=max_length, tokens=tokens, skip=skip), skip
 
     def _keep(self, about: About, moment: torch.Tensor, count: int, extra: About) -> moment_files.Moment:
         """Check a new sum, save it once for all processes, and give C."""
@@ -223,6 +240,8 @@ class Statistics:
         }
         later = {"forward_dtype": self.forward_dtype, "tolerance": self.tolerance}  # absent where they change nothing
         shared |= {name: str(value) for name, value in later.items() if value is not None}
+        if rounds(base, self.forward_dtype):
+            shared["attention"] = str(base.model.config._attn_implementation)
         models = {layer: fingerprint_below(base, layer) for layer in {site.layer for site in names}}
         return {site: {"module": name, "model": models[site.layer], **shared} for site, name in names.items()}
 
@@ -250,13 +269,8 @@ def compute(
     Raises:
         StatisticsError: There is nothing to compute from this source, or the files cannot be written.
     """
-    statistics.second_moments(
-        base, sites, accelerator=accelerator, devices=devices
-    )  # a given file is read, and so checked
-    if statistics.source == "identity" or statistics.given:
-        source = statistics.source
-        msg = f"nothing to compute: `statistics.source` is {source}; expected almanac, a text file or a dataset"
-        raise StatisticsError(msg)
+    statistics.check(base, sites)
+    statistics.second_moments(base, sites, accelerator=accelerator, devices=devices)
     paths = list(statistics.files(base, sites).values())
     if lost := [str(path) for path in paths if not path.is_file()]:
         msg = f"the statistics could not be written: {', '.join(lost)}; make room, or set `statistics.cache_dir`"

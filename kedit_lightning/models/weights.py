@@ -1,4 +1,4 @@
-"""Weight matrices that can be edited and always be given back their pristine bits."""
+"""Weights that can be edited and always be given back their pristine bits."""
 
 from __future__ import annotations
 
@@ -29,36 +29,50 @@ class EditableWeights:
         self._masters: dict[str, Tensor] = {}
 
     def weight(self, name: str) -> Tensor:
-        """View of a weight matrix in math orientation, shape ``(out, in)``.
+        """View of a weight matrix in math orientation, shape ``(out, in)``; of a bias or a norm, ``(out, 1)``.
 
         Raises:
-            ModelError: The model has no such matrix.
+            ModelError: The model has no such weight.
         """
         try:
-            return math_view(self.model.get_submodule(name.removesuffix(".weight")))
+            return math_view(self.model.get_parameter(name), self._owner(name))
         except AttributeError as error:
             msg = f"expected the name of a weight matrix of this model, got {name!r}: {error}"
             raise ModelError(msg) from error
 
+    def as_parameter(self, name: str, value: Tensor) -> Tensor:
+        """A value of a weight as the model holds that weight: its orientation, type and device; differentiable.
+
+        Args:
+            name: The weight's name among the model's parameters.
+            value: In math orientation, shape ``(out, in)`` or ``(out, 1)``.
+        """
+        own = self.model.get_parameter(name)
+        return (value[:, 0] if own.ndim == 1 else math_view(value, self._owner(name))).to(own)
+
+    def _owner(self, name: str) -> nn.Module:
+        """The module whose parameter a weight is."""
+        return self.model.get_submodule(name.rpartition(".")[0])
+
     def pristine(self, name: str) -> Tensor:
-        """A weight matrix as it was before any edit, in its own type; shape ``(out, in)``."""
+        """A weight as it was before any edit, in its own type; shape ``(out, in)`` or ``(out, 1)``."""
         edited = self._pristine.get(name)
         return self.weight(name) if edited is None else edited
 
     def master(self, name: str) -> Tensor:
-        """A weight matrix in float32, with all updates so far at full precision; shape ``(out, in)``."""
+        """A weight in float32, with all updates so far at full precision; shape ``(out, in)`` or ``(out, 1)``."""
         return self._masters.get(name, self.weight(name)).float()
 
     @torch.no_grad()
     def write(self, name: str, update: Tensor) -> None:
-        """Add an update to a weight matrix.
+        """Add an update to a weight.
 
         Args:
             name: The weight's name among the model's parameters.
-            update: float32, math orientation, shape ``(out, in)``.
+            update: float32, math orientation, shape ``(out, in)``; for a bias ``(out, 1)``.
 
         Raises:
-            ModelError: There is no such matrix, or it has another shape.
+            ModelError: There is no such weight, or it has another shape.
         """
         weight = self.weight(name)
         if weight.shape != update.shape:
@@ -113,8 +127,8 @@ class EditableWeights:
         return put_back
 
 
-def math_view(linear: nn.Module) -> Tensor:
-    """View of a linear map's weight as ``(out, in)``; GPT-2's ``Conv1D`` is told by its type, never by its shape."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(linear, Conv1D) else weight
+def math_view(parameter: Tensor, owner: nn.Module) -> Tensor:
+    """View of a module's weight as ``(out, in)``; GPT-2's ``Conv1D`` is told by its type, never by its shape."""
+    if parameter.ndim == 1:
+        return parameter[:, None]
+    return parameter.T if isinstance(owner, Conv1D) else parameter

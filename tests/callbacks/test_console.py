@@ -18,7 +18,8 @@ from kedit_lightning.callbacks import rows
 from kedit_lightning.callbacks.console import SAID, Console, quiet
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models.progress import DISPLAY
-from kedit_lightning.report import cell, show, table
+from kedit_lightning.report import cell, table
+from kedit_lightning.show import show
 
 PROTOCOL = {"dtype": "float32", "base": "almanac", "dataset": "almanac", "batch_size": 1, "restore_every": 1}
 LOSS = SimpleNamespace(curves=[{"nll": torch.tensor([1.25])}])
@@ -86,6 +87,33 @@ def test_few_edits_have_a_line_each() -> None:
     assert "warning" not in text
 
 
+def test_a_prompt_that_ends_in_a_colon_has_no_other() -> None:
+    text = stream([record(0) | {"prompt": "Q: Which language does {} speak? A:"}])
+    assert "speak? A: “French ,” → “English .”" in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "why"),
+    [
+        (
+            {"steps": 20, "converged": False, "nll": 3.14},
+            "; its values were not found (stage v: nll 3.1 after 20 steps)",
+        ),
+        (
+            {"steps": 9, "converged": True, "nll": 0.03, "delta/mlp": 0.6, "residual/mlp": 0.54},
+            "; its values were found and hardly written (about 90% of the change is missing)",
+        ),
+        ({"steps": 9, "converged": True, "nll": 0.03, "delta/mlp": 0.6, "residual/mlp": 0.02}, ""),
+    ],
+)
+def test_an_edit_that_failed_says_where(stage: dict[str, Any], why: str) -> None:
+    stages = {"stages": [{"stage": "v", "layer": 3, **stage}]}
+    text = stream([record(0, after="French and", efficacy=0.0) | stages, record(1) | stages])
+    failed, worked = (line for line in text.splitlines() if line[:1] in "✗✓" and line)
+    assert failed.endswith(f"wanted “English”{why}")
+    assert worked.endswith("wanted “English”")
+
+
 def test_many_edits_have_none() -> None:
     text = stream([record(i) for i in range(40)], group=10)
     assert "✓" not in text
@@ -100,7 +128,7 @@ def mass_edit(*, terminal: bool, passes: int = 1, **trainer: Any) -> str:
     fake: Any = SimpleNamespace(is_global_zero=True, show_progress=True)
     fake.__dict__.update(trainer)
     editor: Any = SimpleNamespace(**vars(EDITOR) | {"edits": [None] * 40})
-    editor.passes, editor.sites = lambda: list(range(passes)), lambda: list(range(2))
+    editor.passes, editor.names = lambda: list(range(passes)), lambda: ["h.0", "h.1"]
     console.on_stream_start(fake, editor, 40)
     for editor.pass_ in range(passes):
         for editor.optimised in (0, 10, 20, 30, 40):
@@ -290,11 +318,11 @@ def test_show_puts_runs_beside_one_raw_column(tmp_path: Path) -> None:
     assert re.search(r"raw +ROME +TOP", (tmp_path / "table.txt").read_text(encoding="utf-8"))
 
 
-def test_the_table_names_the_protocol_and_what_papers_call_its_rows(tmp_path: Path) -> None:
+def test_the_table_names_the_protocol(tmp_path: Path) -> None:
     named = PROTOCOL | {"name": "one batch of 20", "scores": {"ES": "efficacy"}}
     text = shown(write(tmp_path / "a", protocol=named))
     assert "TOP, 20 edits: one batch of 20" in text
-    assert "ES efficacy, GS generalization, LS S-specificity, Score of three" in text
+    assert "ES efficacy" not in text, "those names stand in the table of a scaling run only"
     other = named | {"name": "20 edits otherwise", "batch_size": 20}
     text = shown(tmp_path / "a", write(tmp_path / "b", protocol=other, editor="ROME"))
     assert "batch_size (1, 20)." in text
@@ -304,6 +332,39 @@ def test_the_table_names_the_protocol_and_what_papers_call_its_rows(tmp_path: Pa
 def test_show_names_runs_of_one_editor_apart(tmp_path: Path) -> None:
     text = shown(write(tmp_path / "x" / "version_0"), write(tmp_path / "x" / "version_1"))
     assert re.search(r"raw +TOP version_0 +TOP version_1", text)
+
+
+def configured(run: Path, **settings: Any) -> Path:
+    editor = {"class_path": "kedit_lightning.editors.TOP", "init_args": {"layers": [3], "v_lr": 0.5, **settings}}
+    (run / "config.yaml").write_text(json.dumps({"model": editor}), encoding="utf-8")
+    return run
+
+
+def test_show_lists_the_settings_that_differ(tmp_path: Path) -> None:
+    runs = [
+        configured(write(tmp_path / "x" / "version_0"), statistics={"source": "almanac", "tokens": None}),
+        configured(write(tmp_path / "x" / "version_1"), v_lr=0.1, statistics={"source": "almanac", "tokens": 900}),
+    ]
+    text = shown(*runs)
+    assert "Settings that differ" in text
+    assert re.search(r"v_lr +0\.5 +0\.1", text)
+    assert re.search(r"statistics\.tokens +none +900", text)
+    assert "layers" not in text
+    assert "statistics.source" not in text
+    assert "Settings" not in shown(runs[0], runs[0])
+    (runs[0] / "config.yaml").unlink()
+    assert "Settings" not in shown(*runs), "it is not known"
+
+
+@pytest.mark.parametrize(("width", "intervals"), [(80, False), (120, True)])
+def test_two_runs_stand_side_by_side_on_a_narrow_terminal(tmp_path: Path, width: int, intervals: bool) -> None:
+    runs = write(tmp_path / "a", editor="ROME"), write(tmp_path / "b", protocol=PROTOCOL | {"dtype": "bfloat16"})
+    console = rich.console.Console(file=io.StringIO(), record=True, width=width)
+    show(list(runs), console=console)
+    text = console.export_text()
+    assert text.count("Efficacy: the edited prompt") == 1
+    assert re.search(r"ROME raw +ROME +TOP raw +TOP", text)
+    assert ("±" in text) == intervals
 
 
 def test_show_says_where_protocols_differ(tmp_path: Path) -> None:

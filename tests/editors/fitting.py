@@ -28,11 +28,15 @@ EDITORS = tuple(
     if inspect.isclass(one) and issubclass(one, Editor) and not inspect.isabstract(one)
 )
 """Names of all editors; one that is added is tested the moment it exists."""
+VALUES = tuple(name for name in EDITORS if name != "FT")
+"""Those that optimise a value an edit; FT trains weights."""
 
 STEPS = 6
 SETTINGS: dict[str, dict[str, Any]] = {
     "ROME": {"v_num_grad_steps": STEPS},
+    "RETS": {"v_num_grad_steps": STEPS, "subject_const": False},
     "TOP": {"rel_feat_layer": 1, "v_num_grad_steps1": STEPS, "v_num_grad_steps2": STEPS},
+    "FT": {"num_steps": STEPS, "lr": 1e-2},
     "PMET": {"v_num_grad_steps": STEPS, "mom2_update_weight": 1.0, "v_lr": 0.5},
     "AlphaEdit": {"v_num_grad_steps": STEPS, "nullspace_threshold": 2.0},
     "JEEP": {"v_num_grad_steps": STEPS, "mom2_update_weight_low": 1.0, "mom2_update_weight_high": 1.0},
@@ -50,6 +54,9 @@ def make(name: str, base: LanguageModel, layers: Sequence[int] = (1,), **setting
     JEEP edits the layer above the given ones as its high layer; a clamp is given to both its regions.
     """
     small = {"mom2_adjustment": False, "context_templates": TEMPLATES, **SETTINGS.get(name, BATCH)}
+    if name not in VALUES:
+        small = SETTINGS[name]
+        settings.pop("clamp_norm_factor", None)
     where: dict[str, Any] = {"layers": list(layers)}
     if name == "JEEP":
         where = {"layers_low": list(layers), "layers_high": [layers[-1] + 1]}

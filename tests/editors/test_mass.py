@@ -24,21 +24,21 @@ from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.statistics import Statistics
 from kedit_lightning.run import RunDirectory
-from tests.editors.fitting import EDITORS, STEPS, Kept, bits, end_at, fit, make, relative, same
+from tests.editors.fitting import STEPS, VALUES, Kept, bits, end_at, fit, make, relative, same
 from tests.families import EDITS, FAMILIES, tiny_base
 
 BATCH = [EDITS[0], EDITS[1], EDITS[3], EDITS[6]]
 """Subjects first, inside and at the end of the prompt, so that rows start at different tokens."""
 BARE = ContextTemplates(templates=[["{}"]])
 SQUARES = {"solver": "least_squares", "mom2_update_weight": 1.0}
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in EDITORS} | {
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in VALUES} | {
     "ROME, least squares": ("ROME", SQUARES),
     "TOP, least squares": ("TOP", SQUARES),
     "PMET, both": ("PMET", {"rewrite": "both"}),
     "JEEP, released": ("JEEP", {"preset": "released"}),
     "JEEP, apart": ("JEEP", {"joint": False}),
 }
-"""Every editor, and the ways of some that take other paths."""
+"""Every editor of values, and the ways of some that take other paths."""
 MASS = [way for way, (name, settings) in WAYS.items() if name not in ("ROME", "TOP") or settings]
 
 
@@ -730,3 +730,17 @@ def test_live_memory_grows_with_the_edits_by_vectors_only(tmp_path: Path) -> Non
     many, _ = peak(24, 80)
     vectors = 2 * 4 * 32 * 4  # two δs: δ and v₀ of all edits, as they are kept and as they are shown
     assert (many - few) / 20 < 2 * (vectors + tokens * 3 * 8)
+
+
+def test_alphaedit_keeps_no_inert_weight_and_remembers_all_layers_or_none(gpt2_base: LanguageModel) -> None:
+    editor = make("AlphaEdit", gpt2_base)
+    assert "mom2_update_weight" not in editor.config
+    assert isinstance(editor, AlphaEdit)
+    editor.remember({"a": torch.ones(2, 3), "b": torch.ones(1, 3)})
+    before = {name: gram.clone() for name, gram in editor.remembered.items()}
+    with pytest.raises(RuntimeError):
+        editor.remember({"a": torch.ones(2, 3), "b": torch.ones(1, 4)})  # the second fails
+    assert all(torch.equal(gram, before[name]) for name, gram in editor.remembered.items())
+    editor.remember({"a": torch.ones(2, 3)})
+    assert torch.equal(editor.remembered["a"], torch.full((3, 3), 4.0).double())
+    assert torch.equal(editor.remembered["b"], before["b"])

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from kedit_lightning.errors import KeditError
 from tests.golden import report
 from tests.golden.cases import BadFolderError, Case, find
-from tests.golden.compare import NEEDED, Distance, compare, expected_exactly
+from tests.golden.compare import Distance, compare, expected_exactly
 from tests.golden.runner import run
 
 
@@ -66,7 +66,7 @@ def distances(case: Case) -> tuple[list[Distance], dict[str, object]]:
     expected = expected_exactly(case.meta.get("values", {}), recorded, bare)
     measured = compare(found.numbers, recorded, found.exact, expected)
     kinds = {distance.quantity for distance in measured}
-    if missing := [kind for kind in (*NEEDED, "exact") if kind not in kinds]:
+    if missing := [kind for kind in case.recorded.needed if kind not in kinds]:
         msg = f"{case.folder}: the recording of {case} holds nothing to compare of the kind {missing[0]!r}"
         raise BadFolderError(msg)
     return measured, found.unused
@@ -76,17 +76,18 @@ def _holds(case: Case, *, every: bool) -> bool:
     recorded = case.recorded
     assert recorded is not None
     origin = " ".join(str(case.meta.get(key, ""))[:7] for key in ("peer_repository", "peer_commit")).strip()
-    _say(f"{case}: tolerance {recorded.tolerance:g}" + (f", recorded from {origin}" if origin else ""))
+    loose = "".join(f", {quantity} {bound:g}" for quantity, bound in recorded.loose.items())
+    _say(f"{case}: tolerance {recorded.tolerance:g}{loose}" + (f", recorded from {origin}" if origin else ""))
     try:
         measured, unused = distances(case)
     except KeditError as error:
         _say(f"  FAILED: {error}\n")
         return False
-    for line in report.table(measured, recorded.tolerance) + (report.every(measured) if every else []):
+    for line in report.table(measured, recorded) + (report.every(measured) if every else []):
         _say(line)
     if unused:
         _say(f"  not taken by our {recorded.editor}: {', '.join(f'{k}={v}' for k, v in unused.items())}")
-    holds = not report.too_far(measured, recorded.tolerance)
+    holds = not report.too_far(measured, recorded)
     _say(f"  {'holds' if holds else 'does not hold'}\n")
     return holds
 

@@ -69,9 +69,17 @@ class Case:
     def templates(self) -> list[list[str]]:
         """The context templates in groups."""
         found = self.meta.get("context_templates")
+        if not (found or self.meta["contexts"]):
+            return [["{}"]]
         if not found:
             found = read_json(self.folder / "contexts.json")[self.meta["contexts"]]
         return [found] if isinstance(found[0], str) else found
+
+    @property
+    def knowns(self) -> list[str]:
+        """The prompts of RETS' subject constraint."""
+        found = json.loads(self.path("rets_knowns.json").read_text(encoding="utf-8"))
+        return [r["prompt"].format(r["subject"]) for r in (record["requested_rewrite"] for record in found)]
 
     def check(self) -> None:
         """Refuse a case that cannot be run before the first is.

@@ -19,16 +19,14 @@ QUANTITIES: Mapping[str, str] = {
     "u": r"(stage\d/)?left_vector",
     "v0": r"(stage\d/)?target_init.*",
     "value": r"(stage\d/)?(target|delta)(_(low|high|mlp|attn))?",
-    "delta/step": r"(\w+/)?steps/(\w+_)?delta(_\w+)?",
+    "delta/step": r"(?!eac_stage2/steps/origin_delta)(\w+/)?steps/(\w+_)?delta(_\w+)?",
+    "anchors": r"score|average_tensor|values|expanded_delta",
     "curves": r"(\w+/)?steps/(loss|nll_loss|kl_loss|weight_decay\w*|vec_loss)",
     "right": r"(stage\d/)?right_vector",
     "dW": r"dW/.*",
     "logits": r"logits_post/.*",
 }
 """Recorded tensors by what they are; the name without its ``reqI/``."""
-
-NEEDED = ("value", "curves")
-"""What a case must hold to say anything."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def compare(
 def expected_exactly(
     values: Mapping[str, Any], recorded: Mapping[str, Tensor], bare: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Token ids, targets, positions and numbers of loss evaluations of a recording, free of padding.
+    """Token ids, targets, positions, anchors and numbers of loss evaluations of a recording, free of padding.
 
     Args:
         values: The ``values`` of the case's JSON file.
@@ -125,7 +123,7 @@ def expected_exactly(
             expected[f"{where}/tokens"] = [row[kept].tolist() for row, kept in zip(tensor, mask, strict=True)]
         elif key == "rewriting_targets":
             expected[f"{where}/labels"] = [labels(row) for row in tensor]
-        elif key == "target_ids":
+        elif key in ("target_ids", "important"):
             expected[name] = tensor.tolist()
     for name, value in expected.items():
         if f"{split(name)[1].rpartition('/')[0]}/" in bare and isinstance(value, list) and "target" not in name:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from kedit_lightning.editors.compression import Compression
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Recorded:
         stages: Our stages by name, in their order.
         settings: Arguments of the editor that the recording's hyper-parameters do not hold.
         means: Hyper-parameters of the recording that our editor or its settings stand for; ``...`` is any value.
+        loose: Larger tolerances, by quantity.
+        needed: What a case must hold to say anything.
     """
 
     editor: str
@@ -39,10 +43,18 @@ class Recorded:
     stages: Mapping[str, Stage]
     settings: Mapping[str, Any] = field(default_factory=dict)
     means: Mapping[str, Any] = field(default_factory=dict)
+    loose: Mapping[str, float] = field(default_factory=dict)
+    needed: Sequence[str] = ("value", "curves", "exact")
+
+
+def _tuned(**settings: Any) -> Recorded:
+    """FT, of which the loss of each evaluation and ΔW are recorded."""
+    return Recorded("FT", 5e-5, {"w": Stage(suffixes=())}, settings, {"kl_factor": 0}, needed=("curves", "dW"))
 
 
 EDITORS: Mapping[str, Recorded] = {
     "ROME": Recorded("ROME", 5e-5, {"v": Stage()}),
+    "RETS": Recorded("RETS", 5e-5, {"v": Stage()}, loose=dict.fromkeys(("u", "right", "dW", "logits"), 5e-3)),
     "TOP": Recorded("TOP", 5e-5, {"h_r": Stage("stage1/"), "v": Stage("stage2/", bare=True)}),
     "MEMIT": Recorded("MEMIT", 5e-5, {"z": Stage()}),
     "PMET": Recorded("PMET", 3e-4, {"v": Stage("", ("_mlp", "_attn"))}, means={"rewrite_module_tmps": ...}),
@@ -67,6 +79,23 @@ EDITORS: Mapping[str, Recorded] = {
             "rewrite_module_tmp_low": ...,
         },
     ),
+    "FT-L": _tuned(),
+    "FT-U": _tuned(norm_constraint=None),
+    "FT-WD": _tuned(norm_constraint=None, weight_decay=0.0),
+    "EAC-ROME": Recorded(
+        "ROME",
+        5e-5,
+        {"v_anchors": Stage("eac_stage1/"), "v": Stage("eac_stage2/")},
+        {"compress": Compression(gamma=80, elastic_l1=0, kl_reference="start")},
+        means={"v_num_grad_steps": ...},
+    ),
+    "EAC-MEMIT": Recorded(
+        "MEMIT",
+        5e-5,
+        {"z_anchors": Stage("eac_stage1/"), "z": Stage("eac_stage2/")},
+        {"compress": Compression(gamma=95, v_num_grad_steps2=15, start="zeros")},
+        means={"v_num_grad_steps": ...},
+    ),
 }
 """By EDITOR of the case's file name (``PMET-both``) or, where that has no line, by the editor written in the case."""
 
@@ -77,6 +106,7 @@ TERMS: Mapping[str, str] = {
     "weight_decay_low": "weight_decay_low",
     "weight_decay_high": "weight_decay_high",
     "distance": "vec_loss",
+    "elastic_l1": "weighted_loss",
 }
 """Terms of our losses by the recordings' names."""
 

@@ -21,7 +21,7 @@ from tests.golden.compare import QUANTITIES, split
 
 DATA = Path(__file__).parent / "data"
 MODEL = "gpt2-tiny"
-CASES = ("ROME", "TOP", "MEMIT", "PMET", "AlphaEdit", "JEEP")
+CASES = ("ROME", "TOP", "RETS", "MEMIT", "PMET", "AlphaEdit", "JEEP", "FT-L", "FT-U", "FT-WD")
 LEFT_OUT = r"logits_pre/.*|logits_post/(paraphrase|neighborhood|relation_specificity)|P|cache_c_after_b\d+|.*/resid"
 UPDATES = r"req2|b2|"
 """Of what ΔW is kept: a request, a batch of a sequence, the batch."""
@@ -59,6 +59,7 @@ def extract(source: Path, target: Path = DATA) -> None:
     (target / "requests.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for path in target.rglob("*.safetensors"):
         path.chmod(0o644)
+    shutil.copyfile(source / "rets_knowns.json", target / "rets_knowns.json")
     contexts = read_json(source / "contexts.json")
     (target / "contexts.json").write_text(json.dumps(contexts, indent=1) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""ROME and TOP once more, slowly: written from ../shared/spec/editors.md (1.1-1.7, 2.1, 2.4) and nothing else.
+"""ROME, TOP and RETS once more, slowly: from ../shared/spec/editors.md (1.1-1.7, 2.1, 2.4, 2.7) and nothing else.
 
 It shares no code with the package: a row is one forward pass of a plain Hugging Face model, positions come from the
 lengths of tokenised prefixes, everything is a loop. `write_case` records what it gives in the form of ../shared/golden,
@@ -44,6 +44,7 @@ class Slow:
         self.down_name = f"{self.block.format(self.layer)}.{DOWN[model.config.model_type]}"
         self.down = model.get_submodule(self.down_name)
         self.mlp = model.get_submodule(self.block.format(self.layer) + ".mlp")
+        self.knowns: Sequence[str] = ()
         self.numbers: dict[str, Tensor] = {}
         self.values: dict[str, Any] = {}
 
@@ -190,7 +191,7 @@ class Slow:
     # ------------------------------------------------------------------ the edit
 
     def edit(self, editor: str, request: dict[str, Any], moment: Tensor | None) -> None:
-        """2.1 or 2.4, then 1.7's rank-one update; the weight is put back."""
+        """2.1, 2.4 or 2.7, then 1.7's rank-one update; the weight is put back."""
         h, name = self.hparams, f"req{request['case_id']}"
         prompts = {
             "prompt": [request["prompt"].format(request["subject"])],
@@ -199,7 +200,12 @@ class Slow:
             "relation_specificity": request["relation_specificity_prompts"],
         }
         self._keep_logits(f"{name}/logits_pre", prompts)
-        if editor == "ROME":
+        if editor == "RETS":
+            request = request | {"prompt": "{}", "subject": prompts["prompt"][0]}
+            for known in self.knowns:
+                key = self.key(self.ids(known), len(self.ids(known)) - 1)
+                moment = moment + torch.outer(key, key)
+        if editor in ("ROME", "RETS"):
             last = name
             value = self.make_likely(last, request, self.mlp, at_subject=True, steps=h["v_num_grad_steps"], stop=0.05)
         else:
@@ -276,12 +282,13 @@ def write_case(
     contexts: Sequence[str],
     hparams: dict[str, Any],
     moment: tuple[Tensor, int] | None = None,
+    knowns: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Record a case in the form of ../shared/golden.
 
     Args:
         folder: Where; made if need be.
-        editor: ROME or TOP.
+        editor: ROME, TOP or RETS.
         name: MODEL of the file names.
         model: The model; its weights are as before afterwards.
         tokenizer: Its tokenizer.
@@ -289,11 +296,15 @@ def write_case(
         contexts: Context templates, the bare one first.
         hparams: Hyper-parameters under the released names.
         moment: Second moment of the edited layer's keys and the number of tokens; None takes the identity.
+        knowns: Prompts and subjects of RETS' constraint.
     """
     if not (folder / "models" / name).exists():
         model.save_pretrained(folder / "models" / name)
         tokenizer.save_pretrained(folder / "models" / name)
     slow = Slow(model, tokenizer, contexts, hparams)
+    slow.knowns = [prompt.format(subject) for prompt, subject in knowns]
+    records = [{"requested_rewrite": {"prompt": prompt, "subject": subject}} for prompt, subject in knowns]
+    (folder / "rets_knowns.json").write_text(json.dumps(records), encoding="utf-8")
     if moment is None:
         moment = torch.eye(slow.down.weight.shape[1 - int(not isinstance(slow.down, nn.Linear))]), 1
     for request in requests:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.golden.compare import QUANTITIES, Distance
+from tests.golden.editors import Recorded
 
 HEADINGS = {"before": "logits before", "delta/step": "delta by step", "logits": "logits after", "right": "Lambda"}
 
 
-def table(distances: Sequence[Distance], tolerance: float) -> list[str]:
+def table(distances: Sequence[Distance], recorded: Recorded) -> list[str]:
     """Largest relative error by request and quantity, then a line for each thing that is too far off."""
     present = [q for q in QUANTITIES if any(d.quantity == q for d in distances)]
     requests = list(dict.fromkeys(d.request for d in distances))
@@ -26,18 +27,18 @@ def table(distances: Sequence[Distance], tolerance: float) -> list[str]:
         + "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
-    return [line.rstrip() for line in lines] + [f"  {line}" for line in failures(distances, tolerance)]
+    return [line.rstrip() for line in lines] + [f"  {line}" for line in failures(distances, recorded)]
 
 
-def too_far(distances: Sequence[Distance], tolerance: float) -> list[Distance]:
+def too_far(distances: Sequence[Distance], recorded: Recorded) -> list[Distance]:
     """Those that pass the tolerance."""
-    return [d for d in distances if not d.error <= tolerance]
+    return [d for d in distances if not d.error <= recorded.loose.get(d.quantity, recorded.tolerance)]
 
 
-def failures(distances: Sequence[Distance], tolerance: float) -> list[str]:
+def failures(distances: Sequence[Distance], recorded: Recorded) -> list[str]:
     """A line for each distance that passes the tolerance."""
     lines = []
-    for d in too_far(distances, tolerance):
+    for d in too_far(distances, recorded):
         what = d.note or f"relative error {d.error:.1e}"
         lines.append(f"FAILED {d.request or 'batch'}: {d.name}: {what}")
     return lines

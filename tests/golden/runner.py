@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kedit_lightning import editors
 from kedit_lightning.callbacks import EditCallback
+from kedit_lightning.data.bare_prompts import BarePrompts
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.editors import JEEP, AlphaEdit, Editor, Loss, Stage
@@ -88,11 +89,13 @@ def build(case: Case, recorded: Recorded, base: LanguageModel) -> tuple[Editor, 
     kind: Any = getattr(editors, recorded.editor)
     takes = settings_of(kind)
     hparams: dict[str, Any] = case.meta["hparams"]
-    ours = {
+    ours: dict[str, Any] = {
         "statistics": Statistics(source=str(case.path(f"cov_{case.model}.safetensors"))),
         "context_templates": ContextTemplates(templates=case.templates),
         "preset": "released",
     }
+    if "constraint" in takes:
+        ours["constraint"] = BarePrompts(prompts=case.knowns)
     given = {key: value for key, value in (ours | hparams | dict(recorded.settings)).items() if key in takes}
     known = WITHOUT_EFFECT | recorded.means
     unused = {
@@ -119,7 +122,7 @@ class Recorder(EditCallback):
         """Listen to where and at which losses δs are added, and to the keys that the editor takes."""
         self.before = _parameters(editor.base)
         self._before(editor)
-        forward_from, keys, stages, solve = editor.forward_from, editor.keys, editor.stages, editor.solve
+        forward_from, keys, course, solve = editor.forward_from, editor.keys, editor.course, editor.solve
 
         def listening_forward(rows: Any, at: Any, *args: Any, **kwargs: Any) -> Any:
             self.at |= at
@@ -135,15 +138,15 @@ class Recorder(EditCallback):
             self.residuals[site] = residual
             return solve(site, residual, *args)
 
-        def listening_stages() -> Iterator[Stage]:
-            for stage in stages():
+        def listening_course() -> Iterator[Stage]:
+            for stage in course():
                 self.stages[stage.name] = stage
                 yield replace(stage, prepare=partial(self.listening_loss, editor, stage))
 
         editor.forward_from = listening_forward  # type: ignore[method-assign]
         editor.keys = listening_keys  # type: ignore[method-assign]
         editor.solve = listening_solve  # type: ignore[method-assign]
-        editor.stages = listening_stages  # type: ignore[method-assign]
+        editor.course = listening_course  # type: ignore[method-assign]
 
     def listening_loss(self, editor: Editor, stage: Stage) -> Callable[[], Loss]:
         """Keep the δs at which the loss is evaluated, of the edits that are not left out as done."""
@@ -169,6 +172,9 @@ class Recorder(EditCallback):
             assert edit.case_id == case_ids[i]
             self._keep_edit(editor, i, f"{self._batch}req{edit.case_id}/")
             _keep_logits(self.result, editor.base, edit, f"{self._batch}req{edit.case_id}/logits_post")
+        for outcome in editor.outcomes:
+            together = [torch.stack(list(terms.values())).sum(dim=0).mean() for terms in outcome.curves]
+            self.result.numbers["batch/steps/loss"] = torch.stack(together)
         where = f"req{case_ids[0]}/" if self.case.meta["mode"] == "single" else self._batch
         after = _parameters(editor.base)
         for name, parameter in after.items():
@@ -241,8 +247,28 @@ class Recorder(EditCallback):
                 numbers[f"{prefix}target_init{suffix}"] = delta.origin[i]
                 numbers[f"{prefix}delta{suffix}"] = delta.delta[i].detach()
                 numbers[f"{prefix}target{suffix}"] = delta.value[i]
+        if editor.compress:
+            self._keep_anchors(i, where)
         for keys in self.keys.values():
             numbers[f"{where}key/k_star_mean"] = keys[i]
+
+    def _keep_anchors(self, i: int, where: str) -> None:
+        """EAC: what both stages share, and δ on the anchors in the order of their scores."""
+        numbers, exact = self.result.numbers, self.result.exact
+        first, last = (stage.prefix for stage in self.recorded.stages.values())
+        (anchors,) = self.stages["v" if "v" in self.stages else "z"].prepare.__self__.anchors  # type: ignore[attr-defined]
+        important = anchors.score[i].argsort(descending=True)[: int(anchors.mask[i].sum())]
+        numbers[f"{where}{first}steps/origin_delta"] = numbers[f"{where}{first}steps/delta"]
+        numbers[f"{where}{last}steps/delta"] = numbers[f"{where}{last}steps/delta"][:, important]
+        numbers[f"{where}expanded_delta"] = numbers[f"{where}{last}delta"]
+        numbers[f"{where}delta"] = numbers[f"{where}expanded_delta"][important]
+        numbers[f"{where}average_tensor"], numbers[f"{where}score"] = anchors.gradient[i], anchors.score[i]
+        numbers[f"{where}values"] = anchors.score[i][important]
+        exact[f"{where}important"] = important.tolist()
+        for name in ("target", "target_init"):
+            numbers[f"{where}{name}"] = numbers[f"{where}{last}{name}"]
+        for name in ("tokens", "labels", "target_ids", "lookup_idxs"):
+            exact[f"{where}{name}"] = exact[f"{where}{last}{name}"]
 
     def _keep_factors(self, trainer: Trainer, where: str) -> None:
         """Factors of a rank-one update, from the delta file."""
@@ -250,9 +276,9 @@ class Recorder(EditCallback):
         _, deltas, _ = trainer.run.commits()[-1]
         if len(deltas) == 1 and deltas[0].left is not None and deltas[0].right is not None:
             norm = deltas[0].right.norm()
-            for stage in self.recorded.stages.values():
-                self.result.numbers[f"{where}{stage.prefix}left_vector"] = deltas[0].right[:, 0] / norm
-                self.result.numbers[f"{where}{stage.prefix}right_vector"] = deltas[0].left[:, 0] * norm
+            for prefix in ("", *(stage.prefix for stage in self.recorded.stages.values())):
+                self.result.numbers[f"{where}{prefix}left_vector"] = deltas[0].right[:, 0] / norm
+                self.result.numbers[f"{where}{prefix}right_vector"] = deltas[0].left[:, 0] * norm
 
 
 def _parameters(base: LanguageModel) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ HPARAMS: dict[str, Any] = {
     "nll_loss_factor": 1,
 }
 ROME = {"v_num_grad_steps": 8}
+RETS = {"v_num_grad_steps": 8, "origin_mom": True, "subject_const": True}
 TOP = {"rel_feat_layer": 2, "v_num_grad_steps1": 8, "v_num_grad_steps2": 7, "vec_loss_factor": 0.1}
 
 
@@ -57,15 +58,16 @@ def record(
 ) -> None:
     """Record a case with a random model of a family and a tokenizer of a kind."""
     model, words = build(family, 3, kind, **FAMILY_CONFIGS[family]), tokenizer(kind)
-    hparams = HPARAMS | {"ROME": ROME, "TOP": TOP}[editor]
+    hparams = HPARAMS | {"ROME": ROME, "TOP": TOP, "RETS": RETS}[editor]
     hparams |= changes
     slow = reference.Slow(model, words, CONTEXTS, hparams)
     moment = reference.second_moment(slow, corpus()[:60]) if hparams["mom2_adjustment"] else None
     name = f"{family}-{kind}".replace("_", "-")
-    reference.write_case(folder, editor, name, model, words, _requests(numbers), CONTEXTS, hparams, moment)
+    knowns = [(edit.prompt, edit.subject) for edit in EDITS]
+    reference.write_case(folder, editor, name, model, words, _requests(numbers), CONTEXTS, hparams, moment, knowns)
 
 
-@pytest.mark.parametrize("editor", ["ROME", "TOP"])
+@pytest.mark.parametrize("editor", ["ROME", "TOP", "RETS"])
 def test_reference_gives_what_the_authors_code_gave(editor: str) -> None:
     """On GPT-2; what it says about other families can be trusted as far as it knows nothing of ours."""
     (case,) = find(DATA, editor)
@@ -73,21 +75,25 @@ def test_reference_gives_what_the_authors_code_gave(editor: str) -> None:
     words = AutoTokenizer.from_pretrained(DATA / "models" / case.model)
     slow = reference.Slow(model, words, case.templates[0], case.meta["hparams"])
     moment = load_file(DATA / f"cov_{case.model}.safetensors")[slow.down_name]
-    request = case.requests[2]
+    slow.knowns, request, loose = case.knowns, case.requests[2], case.recorded.loose if case.recorded else {}
     slow.edit(editor, request | {"relation_specificity_prompts": request["relation_specific_prompts"]}, moment)
     ours = {"logits_post/prompt", "key/k_star_mean", f"dW/{slow.down_name}.weight"}
     ours |= {name.split("/", 1)[1] for name in slow.numbers if name.endswith(("/delta", "loss", "/left_vector"))}
     assert len(ours) >= 8
     for name in ours:
-        assert relative(slow.numbers[f"req2/{name}"], case.numbers()[f"req2/{name}"]) < 5e-5, name
+        bound = max(loose.values(), default=5e-5) if name.startswith(("logits", "dW", "left")) else 5e-5
+        assert relative(slow.numbers[f"req2/{name}"], case.numbers()[f"req2/{name}"]) < bound, name
 
 
 @pytest.mark.parametrize(
     ("family", "kind"), [("gptj", "byte_bpe"), ("llama", "byte_bpe"), ("llama", "byte_bpe_bos"), ("llama", "spm")]
 )
 def test_other_families(tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, kind: str) -> None:
-    """Targets of one and of several tokens; one is longer than its "{} is a"."""
-    for editor in ("ROME", "TOP"):
+    """Targets of one and of several tokens; one is longer than its "{} is a".
+
+    RETS' code expects a target that begins with a space of its own before the token at which δ is added.
+    """
+    for editor in ("ROME", "TOP") if kind == "spm" else ("ROME", "TOP", "RETS"):
         record(tmp_path, editor, family, kind, (1, 5))
     assert main([str(tmp_path)]) == 0, capsys.readouterr().out
 

@@ -50,8 +50,8 @@ def test_extract_holds(capsys: pytest.CaptureFixture[str], editor: str) -> None:
     assert status == 0, shown.out
     assert shown.err == ""
     assert "1 of 1 cases hold" in shown.out
-    assert {"k*", "value", "curves", "dW"} <= set(shown.out.split())
-    assert ("u" in shown.out.split()) == (editor in ("ROME", "TOP"))
+    assert {"curves", "dW"} | (set() if editor.startswith("FT-") else {"k*", "value"}) <= set(shown.out.split())
+    assert ("u" in shown.out.split()) == (editor in ("ROME", "TOP", "RETS"))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here; the extract in tests/golden/data is tested")
@@ -79,7 +79,7 @@ def measure(case: Case, found: Run, recorded: dict[str, Tensor], values: dict[st
     assert case.recorded is not None
     bare = [stage.prefix for stage in case.recorded.stages.values() if stage.bare]
     distances = compare(found.numbers, recorded, found.exact, expected_exactly(values, recorded, bare))
-    return too_far(distances, case.recorded.tolerance)
+    return too_far(distances, case.recorded)
 
 
 def test_every_number_counts(ran: tuple[Case, Run]) -> None:
@@ -214,7 +214,7 @@ def test_bfloat16(tmp_path: Path, editor: str) -> None:
 
 def test_extract_is_small() -> None:
     files = [path for path in DATA.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 2_900_000
+    assert sum(path.stat().st_size for path in files) < 3_100_000
     moments = {f"transformer.h.{layer}.mlp.c_proj" for layer in range(1, 6)}
     assert load_file(DATA / "cov_gpt2-tiny.safetensors").keys() == {*moments, "count"}
     requests = read_json(DATA / "requests.json")

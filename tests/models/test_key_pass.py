@@ -87,10 +87,38 @@ def test_a_model_that_cannot_be_packed_is_seen(family: str) -> None:
     assert not KeyReader(half, SITES).try_packing(ids(base, DOCUMENTS[:11]))
 
 
-def test_half_precision_is_packed_too(family: str) -> None:
-    base = tiny_base(family)
-    base.model.bfloat16()
-    assert KeyReader(base, SITES).try_packing(ids(base, DOCUMENTS[:11]))
+@pytest.mark.parametrize("forward_dtype", [None, "bfloat16", "tf32"])
+def test_what_rounds_has_a_row_a_document(gpt2_base: LanguageModel, forward_dtype: Any) -> None:
+    """There packed keys are percents away: far more than the bound."""
+    documents = ids(gpt2_base, DOCUMENTS[:60])
+    if forward_dtype is None:
+        gpt2_base.model.bfloat16()
+    reader = KeyReader(gpt2_base, SITES, forward_dtype=forward_dtype)
+    assert not reader.try_packing(documents)
+    assert all(len(row) == 1 for rows in reader.batches(documents) for row in rows)
+    if forward_dtype != "tf32":  # which is float32 on a CPU
+        single = reader.read([[document] for document in documents])
+        reader.packed = True
+        packed = reader.read([documents[:20], documents[20:40], documents[40:]])
+        apart = [float((packed[s] - single[s]).norm(dim=1).div(single[s].norm(dim=1)).max()) for s in SITES]
+        assert max(apart) > 1e-3
+
+
+def test_the_attention_kernel_matters_only_in_reduced_precision(family: str) -> None:
+    """In float32 kernels differ no more than packing may; only otherwise a file depends on which it was."""
+    base, half = tiny_base(family), tiny_base(family)
+    half.model.bfloat16()
+    if base.model._supports_sdpa and base.model._can_set_attn_implementation():
+        documents, keys, paths = ids(base, DOCUMENTS[:11]), [], []
+        for kernel in ("sdpa", "eager"):
+            base.model.set_attn_implementation(kernel)
+            half.model.set_attn_implementation(kernel)
+            keys.append(alone(base, documents))
+            paths.append([Statistics("almanac", forward_dtype=dtype).files(base, SITES) for dtype in (None, "tf32")])
+            paths[-1].append(Statistics("almanac").files(half, SITES))
+        for site in SITES:
+            assert float((keys[0][site] - keys[1][site]).norm(dim=1).div(keys[1][site].norm(dim=1)).max()) < 1e-5
+            assert [one[site] == other[site] for one, other in zip(*paths, strict=True)] == [True, False, False]
 
 
 def test_it_then_takes_one_document_a_row(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
+import socket
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -15,18 +18,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kedit_lightning import almanac
 from kedit_lightning.cache import cache_dir
 from kedit_lightning.edits import Site
-from kedit_lightning.errors import StatisticsError
+from kedit_lightning.errors import KeditError, StatisticsError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.fingerprint import fingerprint, fingerprint_below
 from kedit_lightning.models.key_pass import KeyPass
 from kedit_lightning.models.key_statistics import Identity, KeyStatistics, condition, factorise
+from kedit_lightning.models.processes import agreed, together
 from kedit_lightning.models.second_moment import SecondMoment
 from kedit_lightning.models.statistics import Statistics, compute
+from kedit_lightning.trainer import EditTrainer
+from tests.commandline import World, done
+from tests.editors.fitting import make
 from tests.families import corpus, save_tiny, tiny_base
 
 SITES = [Site(1, "mlp"), Site(2, "mlp"), Site(2, "attn")]
@@ -639,3 +647,85 @@ def test_two_processes_equal_one(
         for i, site in enumerate(SITES):
             torch.testing.assert_close(two[str(i)], one[site].mean, rtol=1e-9, atol=1e-12)
     assert len(list((tmp_path / "two").iterdir())) == len(SITES)
+
+
+LAUNCHERS = {
+    "lightning": ["-m", "kedit_lightning"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kedit_lightning"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "batch_tokens"), [("lightning", 64), ("torchrun", 64), ("lightning", 100_000)], ids=str
+)
+def test_two_processes_from_the_command_line_equal_one(tmp_path: Path, launcher: str, batch_tokens: int) -> None:
+    """The real command; in batches as large as the text the second process has no documents."""
+    world = World(tmp_path)
+    settings: dict[str, Any] = {"source": str(world.corpus), "tokens": "full", "batch_tokens": batch_tokens}
+    one, two = tmp_path / "one", tmp_path / "two"
+    done("statistics", "--config", world.config(statistics=settings | {"cache_dir": str(one)}))
+    config = world.config(statistics=settings | {"cache_dir": str(two)})
+    several = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+    shown = "--trainer.enable_progress_bar=true"
+    result = subprocess.run(
+        [sys.executable, *LAUNCHERS[launcher], "statistics", "--config", str(config), *several, shown],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    [path] = two.iterdir()
+    assert path.name == next(one.iterdir()).name
+    assert result.stdout == f"{path}\n", "one process tells"
+    assert result.stderr.count("Second moments of 1 layer") == 1
+    alone, shared = load_file(one / path.name), load_file(path)
+    assert alone["count"] == shared["count"]
+    assert float((alone["moment"] - shared["moment"]).norm()) < 1e-6 * float(alone["moment"].norm())
+    with safe_open(one / path.name, "pt") as first, safe_open(path, "pt") as second:
+        for key in ("count", "documents_read"):
+            assert first.metadata()[key] == second.metadata()[key]
+
+
+@pytest.mark.parametrize("source", ["identity", "none.txt"])
+def test_what_cannot_be_computed_is_said_before_processes_start(
+    gpt2_base: LanguageModel, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = EditTrainer(save_dir=str(tmp_path), accelerator="cpu", devices=2)
+    monkeypatch.setattr(made.strategy.launcher, "launch", lambda *_, **__: pytest.fail("processes were started"))
+    words = {"identity": "^nothing to compute", "none.txt": "^none.txt: no such file"}
+    with pytest.raises(StatisticsError, match=words[source]):
+        made.statistics(make("ROME", gpt2_base, mom2_adjustment=True, statistics=Statistics(source)))
+
+
+def test_torchrun_and_the_trainer_agree_on_how_many(
+    gpt2_base: LanguageModel, tmp_path: Path, statistics: Statistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = EditTrainer(save_dir=str(tmp_path), accelerator="cpu")
+    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(KeditError, match="torchrun has started 2 processes, the trainer has 1: set"):
+        made.statistics(make("ROME", gpt2_base, mom2_adjustment=True, statistics=statistics))
+
+
+def _loses_the_other(rank: int, folder: str) -> None:
+    """The first of two processes ends where the second waits for it."""
+    environ = {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": folder}
+    os.environ.update({name: str(value) for name, value in environ.items()})
+    made = EditTrainer(save_dir=folder, accelerator="cpu", devices=2)
+    made.strategy._launcher = types.SimpleNamespace(launch=lambda work, trainer: work())  # type: ignore[attr-defined]
+    if rank == 0:
+        together(made, torch.distributed.barrier)
+        return
+    with pytest.raises(KeditError, match="process 1 has lost the others"):
+        together(made, lambda: (torch.distributed.barrier(), agreed(1)))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_left_alone_says_so() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(_loses_the_other, (port,), nprocs=2)

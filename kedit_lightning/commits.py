@@ -1,0 +1,172 @@
+"""One edit batch: all its passes, then the commit, without the edits that are rejected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kedit_lightning import delta as delta_files
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.editors import Editor
+from kedit_lightning.edits import Edit
+from kedit_lightning.errors import RejectedError
+from kedit_lightning.resume import random_stream
+from kedit_lightning.run import Record
+
+if TYPE_CHECKING:
+    from kedit_lightning.trainer import EditTrainer
+
+
+class Commits:
+    """Commits edit batches one after another; `EditStream` says which.
+
+    A batch that fails is rolled back bit for bit: the weights, and what the editor remembers. Edits that are rejected
+    count as never asked for, and the others of their batch are edited again from the beginning; a batch of which none
+    is left commits nothing.
+
+    Args:
+        trainer: Its run directory takes the commits.
+        editor: The editor.
+        datamodule: What streams a batch to it.
+        fit: Runs one `Trainer.fit`.
+        seed: Every batch draws from a random stream of its own, by this seed and its place in the run.
+        fingerprint: Of the base model.
+    """
+
+    def __init__(
+        self,
+        trainer: EditTrainer,
+        editor: Editor,
+        datamodule: EditDataModule,
+        fit: Callable[[], None],
+        seed: int,
+        fingerprint: Record,
+    ) -> None:
+        self.trainer, self.editor, self.datamodule, self.fit = trainer, editor, datamodule, fit
+        self.seed, self.fingerprint = seed, fingerprint
+        self.number = self.done = 0
+
+    def again(self, lines: Sequence[Record], *, write: bool = True) -> None:
+        """Take in a batch that is done, as it was committed.
+
+        Args:
+            lines: Its lines of edits.jsonl.
+            write: Whether its updates are written onto the weights; not where these have been restored after it.
+        """
+        editor, run = self.editor, self.trainer.run
+        for number in dict.fromkeys(line["commit"] for line in lines if line["commit"] is not None):
+            deltas, metadata, memory = run.load(number)
+            if write:
+                for delta in deltas:
+                    editor.base.write(delta.name, delta.update)
+                self._remember(memory)
+            editor.budget, editor.evaluations = metadata["budget"], metadata["evaluations"]
+            self.number = number + 1
+        self.done += len(lines)
+
+    def edit(self, batch: Sequence[Edit], lines: Sequence[Record], group: int) -> list[Record]:
+        """Edit and commit a batch.
+
+        Args:
+            batch: The edits.
+            lines: What was asked and what was answered before, for each.
+            group: How often the weights have been restored so far.
+
+        Returns:
+            Their lines of edits.jsonl, without what is measured after.
+
+        Raises:
+            RejectedError: Edits are rejected, and the trainer is to stop then.
+        """
+        evaluations, started, rejected = self.editor.evaluations, time.time(), dict[int, str]()
+        while True:
+            places = [place for place in range(len(batch)) if place not in rejected]
+            try:
+                with random_stream(self.seed, f"edit {self.done}"):
+                    found = self._attempt(batch, places, lines, rejected, group, started)
+                break
+            except RejectedError as error:
+                if self.trainer.on_rejected == "stop" or not error.reasons:
+                    raise
+                rejected |= {places[i]: reason for i, reason in error.reasons.items()}
+                self.editor.evaluations = evaluations
+        if rejected:
+            self.trainer.tell("on_edits_rejected", self.editor, [found[place] for place in sorted(rejected)])
+        if places:
+            self.number += 1
+            self.trainer.tell("on_edits_committed", self.editor, [found[place] for place in places])
+        self.done += len(batch)
+        return found
+
+    def _attempt(
+        self,
+        batch: Sequence[Edit],
+        places: Sequence[int],
+        asked: Sequence[Record],
+        rejected: Mapping[int, str],
+        group: int,
+        started: float,
+    ) -> list[Record]:
+        """Edit those at some places of a batch, and make it durable."""
+        editor, run, edits = self.editor, self.trainer.run, [batch[place] for place in places]
+        with editor.base.transaction():
+            deltas = self.trainer.weight_update.edit(editor, self.datamodule, edits, self.fit) if edits else []
+            seconds = round((time.time() - started) / len(batch), 3)
+            lines: list[Record] = [
+                {"case_id": edit.case_id, "commit": None, "group": group, **line, "stages": [], "seconds": seconds}
+                for edit, line in zip(batch, asked, strict=True)
+            ]
+            for place, reason in rejected.items():
+                lines[place]["rejected"] = reason
+            for i, place in enumerate(places):
+                lines[place] |= {"commit": self.number, "stages": self._stages(i)}
+            if not edits:
+                run.lines.append(lines)
+                return lines
+            norms = {delta.name: float(delta.update.norm()) for delta in delta_files.merge(deltas)}
+            memory = {
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in editor.memory.items()
+            }
+            run.commit(self.number, deltas, self._metadata(edits, group, norms), lines, memory)
+        self._remember(memory)
+        self._log(norms, self.done + len(batch))
+        return lines
+
+    def _remember(self, memory: Mapping[str, Tensor]) -> None:
+        """From the same memory layout, whether the commit was made now or is read from its file."""
+        self.editor.remember({name: tensor.to(self.editor.base.device) for name, tensor in memory.items()})
+
+    def _stages(self, i: int) -> list[Record]:
+        layers = self.editor.passes()
+        return [
+            {"stage": outcome.stage, "layer": layers[outcome.pass_], **outcome.final(i)}
+            for outcome in self.editor.outcomes
+        ]
+
+    def _metadata(self, edits: Sequence[Edit], group: int, norms: Mapping[str, float]) -> Record:
+        editor = self.editor
+        return {
+            "editor": type(editor).__name__,
+            "config": editor.config,
+            "base": editor.base.name_or_path,
+            "dtype": editor.base.dtype,
+            "fingerprint": self.fingerprint,
+            "case_ids": [edit.case_id for edit in edits],
+            "number": self.number,
+            "group": group,
+            "norms": norms,
+            "budget": editor.budget,
+            "evaluations": editor.evaluations,
+        }
+
+    def _log(self, norms: Mapping[str, float], step: int) -> None:
+        if self.trainer.logger is not None:
+            weights = {name: float(self.editor.base.weight(name).float().norm()) for name in norms}
+            curves = {f"norm/update/{name}": norm for name, norm in norms.items()}
+            curves |= {f"norm/weight/{name}": norm for name, norm in weights.items()}
+            self.trainer.logger.log_metrics(curves, step=step)

@@ -1,0 +1,164 @@
+"""Several configurations side by side: each is a run of `kedit fit` over several seeds, all together are curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import get_console
+
+from kedit_lightning.curves import curves
+from kedit_lightning.errors import KeditError
+from kedit_lightning.run import COMMITS, newest
+from kedit_lightning.writing import write_beside
+
+BLOCKS = ("base", "model", "data", "trainer")
+"""What a run of `kedit fit` is configured by."""
+
+
+def compare(
+    config: Path,
+    *,
+    seeds: list[int] | None = None,
+    variants: list[str] | None = None,
+    save_dir: str = "lightning_logs",
+) -> list[Path]:
+    """Run an experiment's variants over seeds, and draw their scores and their model's health over the edits.
+
+    The same command goes on where it was stopped: finished runs are kept, one under way is resumed.
+
+    Args:
+        config: YAML: ``name``; ``title`` of the figures; ``seeds``; ``quantities`` to draw (see `curves`); what all
+            runs have in common (the blocks ``base``, ``model``, ``data`` and ``trainer`` of `kedit fit`); and
+            ``variants``, by name what a variant has otherwise. ``extends: FILE`` takes over what another such file
+            beside it says; experiments of one name share their runs.
+        seeds: Instead of the configuration's.
+        variants: Those to run; default: all.
+        save_dir: Where runs are kept: ``SAVE_DIR/NAME/VARIANT/seed_N``, the figures in ``SAVE_DIR/NAME/FILE``.
+
+    Returns:
+        The PNG and CSV files.
+
+    Raises:
+        KeditError: The configuration cannot be used, or the folder holds runs of another one.
+    """
+    from kedit_lightning.configured import run_trainer
+
+    experiment = read(config)
+    chosen = experiment["variants"] if variants is None else {one: _variant(experiment, one) for one in variants}
+    chosen_seeds = experiment["seeds"] if seeds is None else seeds
+    folder = Path(save_dir) / experiment["name"]
+    todo = [(name, seed) for seed in chosen_seeds for name in chosen]
+    for number, (name, seed) in enumerate(todo, 1):
+        place = folder / name / f"seed_{seed}"
+        written = _configuration(place, fit_configuration(experiment, name, seed, place.parent))
+        if not (newest(place, "metrics.json") / "metrics.json").is_file():
+            get_console().print(f"run {number} of {len(todo)}: {name}, seed {seed}", highlight=False)
+            begun = newest(place, COMMITS)
+            started = any(begun.glob(COMMITS))
+            run_trainer(["fit", "--resume", str(begun)] if started else ["fit", "--config", str(written)])
+    runs = {name: [folder / name / f"seed_{seed}" for seed in chosen_seeds] for name in chosen}
+    files = curves(runs, experiment["quantities"], folder / config.stem, experiment["title"])
+    get_console().print("\n".join(str(file) for file in files), highlight=False)
+    return files
+
+
+def read(config: Path) -> dict[str, Any]:
+    """An experiment's configuration, checked.
+
+    Raises:
+        KeditError: It cannot be read, or a block is missing, unknown or of another kind.
+    """
+    from kedit_lightning.messages import wrong_file
+
+    if why := wrong_file(config):
+        raise KeditError(why)
+    experiment: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
+    if (other := experiment.pop("extends", None)) is not None:
+        experiment = _merged(read(config.parent / str(other)), experiment)
+    kinds: dict[str, type] = {"name": str, "title": str, "seeds": list, "quantities": list, "variants": dict}
+    kinds |= dict.fromkeys(BLOCKS, dict)
+    if unknown := sorted(set(experiment) - set(kinds)):
+        msg = f"{config}: unknown block {unknown[0]!r}; an experiment has {', '.join(kinds)}"
+        raise KeditError(msg)
+    for block, kind in kinds.items():
+        if block in BLOCKS:
+            experiment.setdefault(block, {})
+        if not isinstance(experiment.get(block), kind):
+            msg = f"{config}: expected {block} to be a {kind.__name__}, got {experiment.get(block)!r}"
+            raise KeditError(msg)
+        if not experiment[block] and block not in BLOCKS:
+            msg = f"{config}: {block} is empty; give at least one"
+            raise KeditError(msg)
+    for name, overlay in experiment["variants"].items():
+        overlay = experiment["variants"][name] = overlay or {}
+        if not isinstance(overlay, dict) or set(overlay) - set(BLOCKS):
+            msg = f"{config}: variant {name!r}: expected some of the blocks {', '.join(BLOCKS)}, got {overlay!r}"
+            raise KeditError(msg)
+    return experiment
+
+
+def fit_configuration(experiment: Mapping[str, Any], variant: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The configuration of one run: what all have in common, the variant's overlay and its seed.
+
+    Args:
+        experiment: As `read` gives it.
+        variant: Its name.
+        seed: Its seed.
+        folder: Where the run's own folder, ``seed_N``, is to lie.
+
+    Returns:
+        The blocks of `kedit fit`. The seed chooses facts and new objects, where the data set has a choice, and context
+        templates.
+    """
+    from kedit_lightning import editors
+    from kedit_lightning.data.datasets import LOADERS
+    from kedit_lightning.messages import settings_of
+
+    common = {block: experiment[block] for block in BLOCKS}
+    merged: dict[str, Any] = _merged(common, _variant(experiment, variant))
+    loader = LOADERS.get(merged["data"].get("dataset", ""))
+    if loader is not None and "seed" in signature(loader).parameters:
+        merged["data"] = _merged(merged["data"], {"options": {"seed": seed}})
+    kind = getattr(editors, str(merged["model"].get("class_path")).rpartition(".")[2], None)
+    if kind is None or "context_templates" in settings_of(kind):
+        merged["model"] = _merged(merged["model"], {"init_args": {"context_templates": {"seed": seed}}})
+    merged["trainer"] |= {"name": f"seed_{seed}", "save_dir": str(folder)}
+    return merged
+
+
+def _merged(one: Any, other: Any) -> Any:  # noqa: ANN401 - YAML
+    """One tree with another laid over it; a model of another class replaces the first one's settings."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return other
+    if "class_path" in other and other["class_path"] != one.get("class_path"):
+        return dict(other)
+    return {**one, **{key: _merged(one.get(key), value) for key, value in other.items()}}
+
+
+def _variant(experiment: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if name not in experiment["variants"]:
+        msg = f"variants: there is no {name!r}; the experiment has {', '.join(experiment['variants'])}"
+        raise KeditError(msg)
+    overlay: dict[str, Any] = experiment["variants"][name]
+    return overlay
+
+
+def _configuration(place: Path, wanted: Mapping[str, Any]) -> Path:
+    """Write a run's configuration where there is none.
+
+    Raises:
+        KeditError: There is another one.
+    """
+    file, text = place / "fit.yaml", yaml.safe_dump(dict(wanted), sort_keys=False, allow_unicode=True)
+    if file.is_file():
+        if yaml.safe_load(file.read_text(encoding="utf-8")) != yaml.safe_load(text):
+            msg = f"{place} holds a run of another configuration ({file}): move it away, or give another --save_dir"
+            raise KeditError(msg)
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(file, lambda path: path.write_text(text, encoding="utf-8"))
+    return file

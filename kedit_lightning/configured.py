@@ -1,0 +1,91 @@
+"""Commands of the trainer: LightningCLI over the blocks ``base``, ``model``, ``data`` and ``trainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+from kedit_lightning.callbacks.base import EditCallback
+from kedit_lightning.errors import KeditError
+from kedit_lightning.parsing import OneLineCLI
+from kedit_lightning.run import CONFIG, newest
+from kedit_lightning.usage import TRAINER_COMMANDS
+from kedit_lightning.writing import write_beside
+
+
+class _SaveConfig(SaveConfigCallback, EditCallback):
+    """Writes config.yaml beside its place, then renames it there, as every file of a run."""
+
+    def on_stream_start(self, trainer: Trainer, editor: LightningModule, n_edits: int) -> None:
+        """Before anything else is, so that the run can be resumed from there on; that of a resumed run stays."""
+        if not (Path(trainer.log_dir or ".") / CONFIG).is_file() or self.config.get("resume_anyway"):
+            self.save_config(trainer, editor, "fit")
+        self.already_saved = True
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it."""
+        config = self.config.clone()
+        if "resume" in config:  # of this call, not of the run
+            config.resume, config.resume_anyway = None, False
+        text = self.parser.dump(config, skip_unset=False)
+        write_beside(Path(trainer.log_dir or ".") / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+class EditCLI(OneLineCLI):
+    """Blocks of a configuration: ``base`` (the model), ``model`` (the editor), ``data`` (the stream), ``trainer``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the base model, and hand it to the editor."""
+        from kedit_lightning.models import LanguageModel
+
+        parser.add_class_arguments(LanguageModel, "base")
+        parser.link_arguments("base", "model.init_args.base", apply_on="instantiate")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's methods that are commands, each with the parameters that are no options."""
+        hidden = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "ckpt_path"}
+        return {name: hidden for name in TRAINER_COMMANDS}
+
+
+def run_trainer(args: Sequence[str]) -> None:
+    """Run a command of the trainer.
+
+    Args:
+        args: The whole command line, the command included.
+
+    Raises:
+        KeditError: There is no run to be resumed.
+    """
+    from kedit_lightning import editors  # noqa: F401 - lets a configuration name an editor by its bare class name
+    from kedit_lightning.data.datamodule import EditDataModule
+    from kedit_lightning.editors import Editor
+    from kedit_lightning.trainer import EditTrainer
+
+    EditCLI(
+        model_class=Editor,
+        datamodule_class=EditDataModule,
+        trainer_class=EditTrainer,
+        subclass_mode_model=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=_SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        args=_resuming(args),
+    )
+
+
+def _resuming(args: Sequence[str]) -> list[str]:
+    """The command line, with the configuration of the run that is to be resumed before everything else."""
+    for i, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name == "--resume" and (path := value or "".join(args[i + 1 : i + 2])):
+            config = newest(Path(path), CONFIG) / CONFIG
+            if not config.is_file():
+                msg = f"{path}: expected a run directory with a {CONFIG}, such as lightning_logs/edits/version_0"
+                raise KeditError(msg)
+            return [args[0], "--config", str(config), *args[1:]]
+    return list(args)

@@ -1,0 +1,155 @@
+"""Curves over the number of edits: what runs left of their checkpoints and health, a figure a quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kedit_lightning.callbacks.figures import OTHERS, SCORES, STYLE, band, blank, headline
+from kedit_lightning.errors import KeditError
+from kedit_lightning.lines import Record
+from kedit_lightning.metrics.runs import interval_over_runs
+from kedit_lightning.run import RunDirectory, newest
+from kedit_lightning.writing import write_beside, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KNOWN = 12
+"""Quantities that a message lists at most."""
+
+
+def curves(runs: Mapping[str, Sequence[Path]], quantities: Sequence[str], folder: Path, title: str) -> list[Path]:
+    """Draw quantities over the number of edits, a curve a label: means over its runs, with 95 % intervals.
+
+    Args:
+        runs: By label its runs (one a seed): run directories, or folders of their versions (the newest is taken).
+        quantities: Places in a line of checkpoints.jsonl or health.jsonl, such as ``so_far.reliability.mean`` or
+            ``drift.*.l1``; ``*`` stands for every name there, and their mean is taken.
+        folder: What is drawn goes there: for each quantity ``NAME.png`` and ``NAME.csv``, the quantity with ``_`` for
+            what is no letter or digit; and TensorBoard's figures and curves.
+        title: Of the figures.
+
+    Returns:
+        The PNG and CSV files.
+
+    Raises:
+        KeditError: A run has no such files, or a quantity is in none of them.
+    """
+    from matplotlib import rc_context
+    from torch.utils.tensorboard import SummaryWriter
+
+    lines = {label: [_lines(Path(path)) for path in paths] for label, paths in runs.items()}
+    tables = {quantity: curve(lines, quantity) for quantity in quantities}
+    for quantity, rows in tables.items():
+        if not rows:
+            every = chain.from_iterable(chain.from_iterable(lines.values()))
+            known = sorted(dict.fromkeys(name for line in every for name in _names(line)))
+            more = f" and {len(known) - KNOWN} more" if len(known) > KNOWN else ""
+            msg = f"{quantity} is in none of the runs; there are {', '.join(known[:KNOWN])}{more}"
+            raise KeditError(msg)
+    files: list[Path] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    with rc_context(STYLE), SummaryWriter(str(folder)) as writer:
+        for quantity, rows in tables.items():
+            stem = "_".join("".join(c if c.isalnum() else " " for c in quantity).split())
+            picture, table = folder / f"{stem}.png", folder / f"{stem}.csv"
+            figure = draw(rows, quantity, title)
+            write_beside(picture, lambda path, figure=figure: figure.savefig(path, dpi=150, format="png"))  # type: ignore[misc]
+            write_csv(table, rows)
+            writer.add_figure(quantity, figure, max(row["edits"] for row in rows), close=False)
+            for row in rows:
+                writer.add_scalar(f"{quantity}/{row['label']}", row["mean"], row["edits"])
+            files += [picture, table]
+    return files
+
+
+def curve(lines: Mapping[str, Sequence[Sequence[Record]]], quantity: str) -> list[Record]:
+    """A quantity over the number of edits.
+
+    Args:
+        lines: By label, for each of its runs, the lines.
+        quantity: As in `curves`.
+
+    Returns:
+        Records of ``label``, ``edits``, ``runs`` (how many have it), ``mean`` and ``ci95``, half the width of the 95 %
+        interval over runs; nan for a single run.
+
+    >>> runs = [[{"edits": 10, "tasks": {"nli": nli}}, {"edits": 20}] for nli in (0.5, 0.75)]
+    >>> [{name: row[name] for name in ("edits", "runs", "mean")} for row in curve({"ROME": runs}, "tasks.nli")]
+    [{'edits': 10, 'runs': 2, 'mean': 0.625}]
+    """
+    rows: list[Record] = []
+    for label, runs in lines.items():
+        points: dict[int, list[float]] = {}
+        for run in runs:
+            latest = {line["edits"]: value for line in run if (value := pick(line, quantity)) is not None}
+            for edits, value in latest.items():
+                points.setdefault(edits, []).append(value)
+        for edits, values in sorted(points.items()):
+            mean, half = interval_over_runs(values)
+            rows.append({"label": label, "edits": edits, "runs": len(values), "mean": mean, "ci95": half})
+    return rows
+
+
+def pick(line: Record, quantity: str) -> float | None:
+    """A number of a line by its place, the mean where ``*`` stands for several; None where there is none.
+
+    >>> pick({"drift": {"h.0.weight": {"l1": 1.0}, "h.1.weight": {"l1": 3.0}}}, "drift.*.l1"), pick({}, "tasks.nli")
+    (2.0, None)
+    """
+    found = [float(value) for value in _at(line, quantity.split(".")) if isinstance(value, int | float)]
+    return sum(found) / len(found) if found else None
+
+
+def _at(value: Any, names: Sequence[str]) -> Iterator[Any]:  # noqa: ANN401 - JSON
+    if not names:
+        yield value
+    elif isinstance(value, dict):
+        for name in value if names[0] == "*" else {names[0]} & value.keys():
+            yield from _at(value[name], names[1:])
+
+
+def _names(value: Any, before: str = "") -> Iterator[str]:  # noqa: ANN401 - JSON
+    """The places of all numbers; names with a dot in them, of matrices, are ``*``."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _names(inner, f"{before}.{'*' if '.' in name else name}".lstrip("."))
+    elif isinstance(value, int | float):
+        yield before
+
+
+def _lines(path: Path) -> list[Record]:
+    run = RunDirectory(newest(path, "edits.jsonl"))
+    found = [*run.checkpoints.records(), *run.health.records()]
+    if not found:
+        msg = (
+            f"{path}: expected a run with {run.checkpoints.path.name} or {run.health.path.name}, found neither; "
+            "checkpoints and the collapse watch of a configuration leave them"
+        )
+        raise KeditError(msg)
+    return found
+
+
+def draw(rows: Sequence[Record], quantity: str, title: str) -> Figure:
+    """One quantity: a curve a label, its 95 % interval as a band.
+
+    Args:
+        rows: From `curve`.
+        quantity: What it is.
+        title: What was edited how.
+    """
+    figure = blank(8.2, 4.6)
+    axis = figure.subplots()
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    palette = (*SCORES, *OTHERS)
+    for i, label in enumerate(labels):
+        band(axis, [row for row in rows if row["label"] == label], palette[i % len(palette)], label)
+    axis.set_xlabel("edits")
+    axis.set_ylabel(quantity)
+    axis.grid(axis="y", zorder=0)
+    figure.legend(loc="outside right center")
+    headline(figure, title)
+    return figure

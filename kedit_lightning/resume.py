@@ -1,0 +1,139 @@
+"""What the results of a run depend on, and whether it can be gone on with as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.editors import Editor
+from kedit_lightning.errors import KeditError
+from kedit_lightning.measurement import Measurement
+from kedit_lightning.models.fingerprint import fingerprint
+from kedit_lightning.run import SETTINGS, Record, RunDirectory
+
+if TYPE_CHECKING:
+    from kedit_lightning.trainer import EditTrainer
+
+LIBRARIES = ("kedit_lightning", "torch", "transformers", "tokenizers", "lightning", "torchmetrics", "numpy")
+STREAM = ("edits", "data.batch_size", "data.restore_every")
+"""Settings without which what is done and what is to come do not fit together."""
+UNCOMPARED = ("base", "seed", "budget", "resumed")
+"""What is kept beside the settings; a base model may lie elsewhere as long as its weights are the same."""
+
+
+def settings(editor: Editor, datamodule: EditDataModule, measurement: Measurement) -> Record:
+    """What the edits and their scores depend on, as plain data.
+
+    Args:
+        editor: The editor.
+        datamodule: The edits.
+        measurement: How they are measured.
+    """
+    base, trainer = editor.base, measurement.trainer
+    parts: dict[str, Mapping[str, Any]] = {
+        "model": editor.config,
+        "data": datamodule.protocol,
+        "evaluation": measurement.evaluator.protocol,
+    }
+    found = {
+        "editor": type(editor).__name__,
+        "base": base.name_or_path,
+        "dtype": base.dtype,
+        "evaluate": trainer.evaluate,
+        "evaluate_at": trainer.evaluate_at,
+        "on_rejected": trainer.on_rejected,
+        "edits": hashlib.sha256(repr(datamodule.edits).encode()).hexdigest(),
+        "weights": fingerprint(base, editor.names()),
+        **{f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()},
+    }
+    plain: Record = json.loads(json.dumps(found))
+    return plain
+
+
+def environment(trainer: EditTrainer) -> Record:
+    """What else the bits of the results depend on: libraries, device, and in how many threads sums are taken."""
+    device = trainer.strategy.root_device
+    return {
+        **{f"library {name}": version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "world_size": trainer.world_size,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """In words what differs between two descriptions."""
+    return [
+        f"{key}: {there.get(key)} there, {here.get(key)} here"
+        for key in {**there, **here}
+        if key not in UNCOMPARED and there.get(key) != here.get(key)
+    ]
+
+
+def check(run: RunDirectory, here: Record, *, anyway: bool) -> Record | None:
+    """Compare what a run depends on with what it was begun with.
+
+    Args:
+        run: The run directory.
+        here: `settings` and `environment` of now.
+        anyway: Go on although something differs, which the run then says; it no longer ends as an unbroken one.
+
+    Returns:
+        What the run goes by, its ``seed`` and ``budget`` as it was begun with; None if it has not begun.
+
+    Raises:
+        KeditError: Something differs; the message names it.
+    """
+    there = run.read_json(SETTINGS)
+    if there is None:
+        return None
+    found = differences(there, here)
+    if not found:
+        return dict(there)
+    if there["weights"] != here["weights"]:
+        msg = (
+            f"{run.path}: this run is of another base model: configuration, tokenizer or edited matrices of "
+            f"{here['base']} differ from those of {there['base']}; resume it with the model that it was begun with"
+        )
+        raise KeditError(msg)
+    fixed = [line for line in found if line.split(": ")[0] in STREAM]
+    if fixed or not anyway:
+        how = "begin another run" if fixed else "put it back, or add --resume_anyway, which gives up bit-identity"
+        msg = f"{run.path}: this run was begun otherwise ({'; '.join(fixed or found)}); {how}"
+        raise KeditError(msg)
+    changed = {"edits": len(run.lines), "differences": found}
+    goes_by = {**here, "seed": there["seed"], "budget": there["budget"]}
+    run.write_json(SETTINGS, {**goes_by, "resumed": [*there.get("resumed", []), changed]})
+    return goes_by
+
+
+@contextmanager
+def random_stream(seed: int, name: str) -> Iterator[None]:
+    """Give what happens inside the context random numbers of its own, the same whatever was drawn before.
+
+    Args:
+        seed: The seed of the run.
+        name: Of what, such as the place of an edit batch in its run.
+    """
+    own = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+    with isolate_rng():
+        torch.manual_seed(own)
+        np.random.seed(own)  # noqa: NPY002 - of libraries that draw from it
+        random.seed(own)
+        yield
