@@ -6,7 +6,8 @@
 A row is an editor as its configs/*_almanac.yaml has it, with settings that differ; `batch_size` is the edits solved
 together, all by default. A seed chooses facts, new objects and context templates. Every run is a process of its own, so
 that its peak memory is its own. Numbers are means over the seeds with half the width of their 95 % interval (Student's
-t); "residual" is how far the edited model's value is from the wanted one, relative to it. Rows are printed as they come, as a Markdown table; --out keeps every run, and runs that it holds are not repeated.
+t); "residual" is how far the edited model's value is from the wanted one, relative to it. Rows are printed as they
+come, as a Markdown table; --out keeps every run, and runs that it holds are not repeated.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 def run(name: str, changes: dict[str, Any], edits: int, seed: int, written: int, threads: int) -> dict[str, float]:
     """One run: its metrics in percent (fluency in bits), seconds an edit and peak memory in MB."""
     from kedit_lightning import editors
-    from kedit_lightning.callbacks.console import quiet
+    from kedit_lightning.callbacks.logs import quiet
     from kedit_lightning.data.datamodule import EditDataModule
     from kedit_lightning.data.prompts import ContextTemplates
     from kedit_lightning.metrics import Evaluation, Evaluator
@@ -123,7 +124,9 @@ def main() -> None:
         for column in head[2:]:
             middle, half = interval_over_runs([found[column] for found in runs])
             digits = DIGITS.get(column, 1)
-            cells.append(f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half and digits in (1, 2) else ""))
+            cells.append(
+                f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half and digits in (1, 2) else "")
+            )
         sys.stdout.write(f"| {name} | {what} | {' | '.join(cells)} |\n")
         sys.stdout.flush()
 

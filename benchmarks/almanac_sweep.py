@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from kedit_lightning.callbacks.console import quiet
+from kedit_lightning.callbacks.logs import quiet
 from kedit_lightning.data.bare_prompts import BarePrompts
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.prompts import ContextTemplates

@@ -27,7 +27,7 @@ def run(name: str, changes: dict[str, Any], edits: int, seed: int, every: int, f
     """The checks of one run."""
     from kedit_lightning import editors
     from kedit_lightning.callbacks import CollapseWatch
-    from kedit_lightning.callbacks.console import quiet
+    from kedit_lightning.callbacks.logs import quiet
     from kedit_lightning.data.datamodule import EditDataModule
     from kedit_lightning.data.prompts import ContextTemplates
     from kedit_lightning.models import LanguageModel, Statistics

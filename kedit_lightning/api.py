@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kedit_lightning import delta as delta_files
 from kedit_lightning import editors
-from kedit_lightning.callbacks.console import NOISE, Console
+from kedit_lightning.callbacks.console import Console
 from kedit_lightning.callbacks.figures import Figures
+from kedit_lightning.callbacks.logs import NOISE
 from kedit_lightning.callbacks.sequence import SequenceCurve
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta

@@ -42,7 +42,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
             run(command, args)
         else:
-            fail(f"unknown command {command!r}; there are {', '.join((*TRAINER_COMMANDS, *OTHER_COMMANDS))}", 2)
+            known = ", ".join((*TRAINER_COMMANDS, *OTHER_COMMANDS)).replace("_", "-")
+            fail(f"unknown command {command!r}; there are {known}", 2)
     except KeyboardInterrupt:
         _interrupted(command)
     except SystemExit as end:

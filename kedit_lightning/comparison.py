@@ -20,8 +20,8 @@ BLOCKS = ("base", "model", "data", "trainer")
 
 
 def compare(
-    config: Path,
     *,
+    config: Path,
     seeds: list[int] | None = None,
     variants: list[str] | None = None,
     save_dir: str = "lightning_logs",
@@ -31,10 +31,10 @@ def compare(
     The same command goes on where it was stopped: finished runs are kept, one under way is resumed.
 
     Args:
-        config: YAML: ``name``; ``title`` of the figures; ``seeds``; ``quantities`` to draw (see `curves`); what all
-            runs have in common (the blocks ``base``, ``model``, ``data`` and ``trainer`` of `kedit fit`); and
+        config: YAML: ``name``; ``title`` of the figures; ``seeds``; ``quantities`` to draw by name (see `curves`); what
+            all runs have in common (the blocks ``base``, ``model``, ``data`` and ``trainer`` of `kedit fit`); and
             ``variants``, by name what a variant has otherwise. ``extends: FILE`` takes over what another such file
-            beside it says; experiments of one name share their runs.
+            beside it says, where its own variants and quantities replace those; one name is one set of runs.
         seeds: Instead of the configuration's.
         variants: Those to run; default: all.
         save_dir: Where runs are kept: ``SAVE_DIR/NAME/VARIANT/seed_N``, the figures in ``SAVE_DIR/NAME/FILE``.
@@ -78,8 +78,8 @@ def read(config: Path) -> dict[str, Any]:
         raise KeditError(why)
     experiment: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
     if (other := experiment.pop("extends", None)) is not None:
-        experiment = _merged(read(config.parent / str(other)), experiment)
-    kinds: dict[str, type] = {"name": str, "title": str, "seeds": list, "quantities": list, "variants": dict}
+        experiment = _extended(read(config.parent / str(other)), experiment)
+    kinds: dict[str, type] = {"name": str, "title": str, "seeds": list, "quantities": dict, "variants": dict}
     kinds |= dict.fromkeys(BLOCKS, dict)
     if unknown := sorted(set(experiment) - set(kinds)):
         msg = f"{config}: unknown block {unknown[0]!r}; an experiment has {', '.join(kinds)}"
@@ -128,6 +128,15 @@ def fit_configuration(experiment: Mapping[str, Any], variant: str, seed: int, fo
         merged["model"] = _merged(merged["model"], {"init_args": {"context_templates": {"seed": seed}}})
     merged["trainer"] |= {"name": f"seed_{seed}", "save_dir": str(folder)}
     return merged
+
+
+def _extended(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says that takes over another: of quantities and variants its own alone, where it has some."""
+    found: dict[str, Any] = _merged(parent, child)
+    found["quantities"] = child.get("quantities", parent["quantities"])
+    if isinstance(variants := child.get("variants"), dict):  # one that says nothing is the parent's of its name
+        found["variants"] = {name: overlay or parent["variants"].get(name, {}) for name, overlay in variants.items()}
+    return found
 
 
 def _merged(one: Any, other: Any) -> Any:  # noqa: ANN401 - YAML

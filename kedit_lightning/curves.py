@@ -21,15 +21,15 @@ KNOWN = 12
 """Quantities that a message lists at most."""
 
 
-def curves(runs: Mapping[str, Sequence[Path]], quantities: Sequence[str], folder: Path, title: str) -> list[Path]:
+def curves(runs: Mapping[str, Sequence[Path]], quantities: Mapping[str, str], folder: Path, title: str) -> list[Path]:
     """Draw quantities over the number of edits, a curve a label: means over its runs, with 95 % intervals.
 
     Args:
         runs: By label its runs (one a seed): run directories, or folders of their versions (the newest is taken).
-        quantities: Places in a line of checkpoints.jsonl or health.jsonl, such as ``so_far.reliability.mean`` or
+        quantities: By name places in a line of checkpoints.jsonl or health.jsonl, such as ``so_far.locality.mean`` or
             ``drift.*.l1``; ``*`` stands for every name there, and their mean is taken.
-        folder: What is drawn goes there: for each quantity ``NAME.png`` and ``NAME.csv``, the quantity with ``_`` for
-            what is no letter or digit; and TensorBoard's figures and curves.
+        folder: What is drawn goes there: for each quantity ``NAME.png`` and ``NAME.csv``, its name with ``_`` for what
+            is no letter or digit; and TensorBoard's figures and curves.
         title: Of the figures.
 
     Returns:
@@ -42,26 +42,26 @@ def curves(runs: Mapping[str, Sequence[Path]], quantities: Sequence[str], folder
     from torch.utils.tensorboard import SummaryWriter
 
     lines = {label: [_lines(Path(path)) for path in paths] for label, paths in runs.items()}
-    tables = {quantity: curve(lines, quantity) for quantity in quantities}
-    for quantity, rows in tables.items():
+    tables = {name: curve(lines, quantity) for name, quantity in quantities.items()}
+    for name, rows in tables.items():
         if not rows:
             every = chain.from_iterable(chain.from_iterable(lines.values()))
-            known = sorted(dict.fromkeys(name for line in every for name in _names(line)))
+            known = sorted(dict.fromkeys(place for line in every for place in _names(line)))
             more = f" and {len(known) - KNOWN} more" if len(known) > KNOWN else ""
-            msg = f"{quantity} is in none of the runs; there are {', '.join(known[:KNOWN])}{more}"
+            msg = f"{quantities[name]} is in none of the runs; there are {', '.join(known[:KNOWN])}{more}"
             raise KeditError(msg)
     files: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE), SummaryWriter(str(folder)) as writer:
-        for quantity, rows in tables.items():
-            stem = "_".join("".join(c if c.isalnum() else " " for c in quantity).split())
+        for name, rows in tables.items():
+            stem = "_".join("".join(c if c.isalnum() else " " for c in name).split())
             picture, table = folder / f"{stem}.png", folder / f"{stem}.csv"
-            figure = draw(rows, quantity, title)
+            figure = draw(rows, name, title)
             write_beside(picture, lambda path, figure=figure: figure.savefig(path, dpi=150, format="png"))  # type: ignore[misc]
             write_csv(table, rows)
-            writer.add_figure(quantity, figure, max(row["edits"] for row in rows), close=False)
+            writer.add_figure(name, figure, max(row["edits"] for row in rows), close=False)
             for row in rows:
-                writer.add_scalar(f"{quantity}/{row['label']}", row["mean"], row["edits"])
+                writer.add_scalar(f"{name}/{row['label']}", row["mean"], row["edits"])
             files += [picture, table]
     return files
 
@@ -138,7 +138,7 @@ def draw(rows: Sequence[Record], quantity: str, title: str) -> Figure:
 
     Args:
         rows: From `curve`.
-        quantity: What it is.
+        quantity: Its name.
         title: What was edited how.
     """
     figure = blank(8.2, 4.6)

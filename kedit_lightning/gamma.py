@@ -20,6 +20,7 @@ from kedit_lightning.editors.compression import Compression
 from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
+from kedit_lightning.metrics import eac_names
 from kedit_lightning.writing import write_beside, write_csv
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 GAMMAS = [0.0, 20.0, 40.0, 50.0, 60.0, 70.0, 80.0, 85.0, 90.0, 95.0, 98.0]
 """Percentiles that are tried; those of EAC's Table 2 among them."""
-
-SCORES = {"reliability": "efficacy_accuracy", "generalization": "generalization_accuracy", "locality": "locality"}
-"""EAC's scores by the metrics they are."""
 
 
 class GammaSearch:
@@ -107,10 +105,10 @@ class GammaSearch:
             self.trainer.weight_update.edit(editor, self.datamodule, [edit], fit)
             evaluator.update(metrics, [edit])
         found = metrics.compute()
-        if missing := [name for name, metric in SCORES.items() if metric not in found]:
+        if missing := [name for name, metric in eac_names().items() if metric not in found]:
             msg = f"tune-gamma needs edits with prompts for {', '.join(missing)}; these records have none"
             raise KeditError(msg)
-        scores = {name: found[metric].mean for name, metric in SCORES.items()}
+        scores = {name: found[metric].mean for name, metric in eac_names().items()}
         return {"gamma": None if setting is None else setting.gamma, "edits": len(self.edits), **scores}
 
     def _keep(self, rows: Sequence[Record], chosen: float | None) -> None:
@@ -145,7 +143,7 @@ def choose(rows: Sequence[Record], tolerance: float) -> float | None:
     kept = [
         row["gamma"]
         for row in rows
-        if row["gamma"] is not None and all(row[name] >= base[name] - tolerance - 1e-12 for name in SCORES)
+        if row["gamma"] is not None and all(row[name] >= base[name] - tolerance - 1e-12 for name in eac_names())
     ]
     return max(kept, default=None)
 
@@ -153,12 +151,12 @@ def choose(rows: Sequence[Record], tolerance: float) -> float | None:
 def table(rows: Sequence[Record], chosen: float | None) -> Table:
     """EAC's Table 3 for one editor, a row a γ."""
     found = Table(title="EAC: how far values can be compressed", title_justify="left", box=box.HORIZONTALS)
-    for name in ("γ", *SCORES):
+    for name in ("γ", *eac_names()):
         found.add_column(name, justify="right")
     for row in rows:
         gamma = "none" if row["gamma"] is None else f"P{row['gamma']:g}"
         style = "bold" if row["gamma"] is not None and row["gamma"] == chosen else None
-        found.add_row(gamma, *(f"{100 * row[name]:.1f}" for name in SCORES), style=style)
+        found.add_row(gamma, *(f"{100 * row[name]:.1f}" for name in eac_names()), style=style)
     return found
 
 
@@ -170,7 +168,7 @@ def draw(rows: Sequence[Record], chosen: float | None) -> Figure:
         figure = blank(7, 4)
         axis = figure.subplots()
         base, *tried = rows
-        for name, colour in zip(SCORES, COLOURS, strict=False):
+        for name, colour in zip(eac_names(), COLOURS, strict=False):
             axis.plot([row["gamma"] for row in tried], [100 * row[name] for row in tried], "o-", c=colour, label=name)
             axis.axhline(100 * base[name], c=colour, ls="--", lw=0.8)
         if chosen is not None:

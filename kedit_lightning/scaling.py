@@ -14,8 +14,6 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from kedit_lightning.callbacks.console import Console
@@ -28,10 +26,10 @@ from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import curve, paper_names
-from kedit_lightning.models.fingerprint import fingerprint
-from kedit_lightning.report import COLUMN_WIDTH, MEAN_WIDTH, STREAM, cell
 from kedit_lightning.report import count as in_words
+from kedit_lightning.resume import settings
 from kedit_lightning.run import newest
+from kedit_lightning.scaling_table import POINTS, SETTINGS, heading, read_points, scaling_table, unedited
 from kedit_lightning.writing import write_csv
 
 if TYPE_CHECKING:
@@ -40,10 +38,8 @@ if TYPE_CHECKING:
 SEEDS = [0, 1, 2]
 """Three runs, as in JEEP."""
 
-SETTINGS, POINTS = "scaling.json", "scaling.jsonl"
-"""What a scaling run is of, and a line a measured point (the first: the unedited model)."""
-
-JEEP_NAMES = "JEEP's names: ES efficacy, GS generalization, LS S-specificity, Score of the three"
+OF_STREAM = ("evaluate", "evaluate_at", "on_rejected", "data.batch_size", "data.restore_every")
+"""Settings that a scaling run does not depend on."""
 
 
 def log_scale(available: int) -> list[int]:
@@ -180,21 +176,9 @@ class Scaling:
 
     def _settings(self) -> Record:
         """What the points depend on; points of different settings never share a directory."""
-        editor, base = self.editor, self.editor.base
-        parts = {
-            "model": editor.config,
-            "data": {key: self.datamodule.protocol[key] for key in self.datamodule.protocol if key not in STREAM},
-            "evaluation": self.measurement.evaluator.protocol,
-        }
-        settings = {
-            "editor": type(editor).__name__,
-            "base": base.name_or_path,
-            "edits": hashlib.sha256(repr(self.edits).encode()).hexdigest(),
-            "weights": fingerprint(base, editor.names()),
-            **{f"{part}.{key}": value for part, settings in parts.items() for key, value in settings.items()},
-        }
-        plain: Record = json.loads(json.dumps(settings))
-        return plain
+        found = settings(self.editor, self.datamodule, self.measurement)
+        edits = hashlib.sha256(repr(self.edits).encode()).hexdigest()
+        return {key: value for key, value in found.items() if key not in OF_STREAM} | {"edits": edits}
 
     def _compare(self, path: Path) -> None:
         """Refuse to go on with a run of other settings."""
@@ -208,7 +192,7 @@ class Scaling:
                 raise KeditError(msg)
 
     def _points(self) -> list[Record]:
-        return _points(self.trainer.run.path)
+        return read_points(self.trainer.run.path)
 
     def _keep(self, point: Record) -> None:
         """Add a point to those on the disk, and write the curve anew."""
@@ -218,7 +202,7 @@ class Scaling:
         if not (rows := curve(points)):
             return
         write_csv(self.trainer.run.path / "scaling.csv", rows)
-        draw_scaling(self.trainer, _title(self.settings), rows, _unedited(points))
+        draw_scaling(self.trainer, heading(self.settings), rows, unedited(points))
 
     # ------------------------------------------------------------------ the terminal
 
@@ -229,50 +213,6 @@ class Scaling:
     def _say(self, text: str) -> None:
         for console in self._consoles:
             console.out.print(Text(text), soft_wrap=True)
-
-
-def scaling_table(path: Path, width: int) -> Table:
-    """A row a number of edits: the scores × 100, means over the seeds with the half-width of their 95 % interval.
-
-    Args:
-        path: Directory of a scaling run.
-        width: Columns of the terminal; where they are few, the intervals are left out.
-
-    Raises:
-        KeditError: Nothing has been measured yet, or a file of it cannot be read.
-    """
-    try:
-        settings, points = json.loads((path / SETTINGS).read_text(encoding="utf-8")), _points(path)
-        rows, unedited = curve(points), _unedited(points)
-        title = _title(settings)
-    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
-        msg = f"{path}: expected a scaling run with points in {POINTS}, found none; `kedit scale` goes on with it"
-        raise KeditError(msg) from error
-    names = [name for name, value in unedited.items() if value is not None]
-    intervals = width >= 2 * MEAN_WIDTH + COLUMN_WIDTH * len(names)
-    found = Table(title=title, title_justify="left", caption_justify="left", box=box.HORIZONTALS)
-    found.caption = f"× 100{', ± 95 % interval' if intervals else ''}\n{JEEP_NAMES}"
-    for name in ("edits", "runs", *names):
-        found.add_column(name, justify="right", no_wrap=True)
-    found.add_row("none", "", *(cell({"mean": unedited[name]}, intervals) for name in names), end_section=True)
-    for row in rows:
-        scores = ({"mean": row[name], "ci95": row[f"{name}_ci95"], "n": row["runs"]} for name in names)
-        found.add_row(f"{row['edits']:,}", str(row["runs"]), *(cell(score, intervals) for score in scores))
-    return found
-
-
-def _points(path: Path) -> list[Record]:
-    file = path / POINTS
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-
-def _title(settings: Record) -> str:
-    return f"{settings['editor']} on {settings['data.dataset']}: means and 95 % intervals over seeds"
-
-
-def _unedited(points: Sequence[Record]) -> Record:
-    scores: Record = next(point["scores"] for point in points if point["edits"] == 0)
-    return scores
 
 
 def _described(point: Record) -> str:

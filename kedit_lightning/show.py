@@ -16,7 +16,7 @@ from rich.text import Text
 from kedit_lightning.errors import KeditError
 from kedit_lightning.report import Report, differences, side_by_side, table
 from kedit_lightning.run import newest
-from kedit_lightning.scaling import SETTINGS, scaling_table
+from kedit_lightning.scaling_table import SETTINGS, scaling_table
 from kedit_lightning.writing import write_beside
 
 LONGEST = 40

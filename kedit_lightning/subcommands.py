@@ -10,7 +10,7 @@ from typing import Any
 
 from docstring_parser import parse
 
-from kedit_lightning.callbacks.console import quiet
+from kedit_lightning.callbacks.logs import quiet
 from kedit_lightning.configured import run_trainer
 from kedit_lightning.parsing import OneLineParser
 from kedit_lightning.usage import TRAINER_COMMANDS

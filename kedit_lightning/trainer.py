@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from kedit_lightning import delta as delta_files
-from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.callbacks.console import Console
 from kedit_lightning.callbacks.figures import Figures
 from kedit_lightning.callbacks.scoring import Scoring
@@ -25,19 +23,16 @@ from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import DeltaError, KeditError
-from kedit_lightning.gamma import GAMMAS, GammaSearch
 from kedit_lightning.interrupts import interrupts_passed_on
 from kedit_lightning.logger import EditLogger
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluation
-from kedit_lightning.models.processes import together
-from kedit_lightning.models.statistics import compute
 from kedit_lightning.run import SETTINGS, Record, RunDirectory, newest, read_deltas
-from kedit_lightning.scaling import SEEDS, Scaling
 from kedit_lightning.stream import EditStream
+from kedit_lightning.studies import Studies
 
 
-class EditTrainer(Trainer):
+class EditTrainer(Studies):
     """Streams edit batches through an editor.
 
     `fit` measures the unedited model, edits batch after batch (a `Trainer.fit` a pass, the weight update in its
@@ -106,12 +101,6 @@ class EditTrainer(Trainer):
         self.stop_stream = False  # set by a callback: the stream ends after this commit and is measured
         self.show_progress = enable_progress_bar
         self.evaluation, self.evaluate = evaluation or Evaluation(), evaluate
-
-    def tell(self, hook: str, *args: Any) -> None:
-        """Call a hook of the edit stream on every callback that hears of it."""
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EditCallback):
-                getattr(callback, hook)(self, *args)
 
     def fit(  # type: ignore[override]
         self,
@@ -253,83 +242,6 @@ class EditTrainer(Trainer):
         self.run.write_lines("predictions.jsonl", records)
         self.tell("on_predictions", records)
         return records
-
-    def statistics(self, model: Editor, datamodule: EditDataModule | None = None) -> None:
-        """Collect the second moments of the keys that an editor's configuration needs; `fit` does so by itself.
-
-        Several processes (``devices``, ``num_nodes``, torchrun) share the documents.
-
-        Args:
-            model: The editor.
-            datamodule: Not used.
-
-        Raises:
-            StatisticsError: There is nothing to collect, or it cannot be kept.
-        """
-        base, statistics, sites = model.base, model.statistics, model.sites()
-        statistics.check(base, sites)  # before processes are started
-
-        def work() -> None:
-            self.tell("on_statistics", compute(base.to(self.strategy.root_device), statistics, sites))
-
-        together(self, work)
-
-    def scale(
-        self,
-        model: Editor,
-        datamodule: EditDataModule | None = None,
-        counts: list[int] | None = None,
-        seeds: list[int] = SEEDS,
-    ) -> list[Record]:
-        """Edit more and more facts at once, each time on the unedited model, and measure how the scores change.
-
-        Args:
-            model: The editor.
-            datamodule: The edits.
-            counts: How many, ascending; by default JEEP's 1, 2, 3, 6, …, 10,000 as far as there are edits.
-            seeds: Of the choice of edits, a run each.
-
-        Returns:
-            A record a number of edits, as in scaling.csv.
-        """
-        self._alone("scale")
-        scaling = Scaling(self, model, given(datamodule, "fit"), counts, seeds)
-        with interrupts_passed_on():
-            return scaling.run(partial(super().fit, model, datamodule=datamodule))
-
-    def _alone(self, command: str) -> None:
-        """Refuse several processes where they are not supported."""
-        if self.world_size > 1:
-            msg = (
-                f"{command}: expected one process, got {self.world_size}: set trainer.devices and trainer.num_nodes to "
-                "1 (`kedit statistics` takes several)"
-            )
-            raise KeditError(msg)
-
-    def tune_gamma(
-        self,
-        model: Editor,
-        datamodule: EditDataModule | None = None,
-        gammas: list[float] = GAMMAS,
-        edits: int = 50,
-        tolerance: float = 0.05,
-    ) -> float | None:
-        """Choose how far EAC compresses an editor's values, on single edits (EAC, appendix A).
-
-        Args:
-            model: The editor.
-            datamodule: The edits.
-            gammas: Percentiles that are tried.
-            edits: How many facts, each edited by itself; the first of the data.
-            tolerance: How far reliability, generalization and locality may each fall below those without compression.
-
-        Returns:
-            The largest percentile that keeps all three; None where there is none.
-        """
-        self._alone("tune-gamma")
-        search = GammaSearch(self, model, given(datamodule, "fit"), gammas, edits, tolerance)
-        with interrupts_passed_on():
-            return search.run(partial(super().fit, model, datamodule=datamodule))
 
     def _open(self, editor: Editor, datamodule: EditDataModule | None, stage: str) -> None:
         """Begin to measure, on the unedited model."""

@@ -90,7 +90,7 @@ def newest(folder: Path) -> Path:
 def test_help_and_version() -> None:
     for args in ((), ("--help",), ("-h",)):
         usage = done(*args).out
-        assert all(f"  {command} " in usage for command in (*TRAINER_COMMANDS, *OTHER_COMMANDS))
+        assert all(f"  {command.replace('_', '-')} " in usage for command in (*TRAINER_COMMANDS, *OTHER_COMMANDS))
     assert done("--version").out == f"kedit {__version__}\n"
 
 

@@ -37,7 +37,7 @@ def experiment(world: World, **changes: Any) -> dict[str, Any]:
         "name": "pair",
         "title": "Two",
         "seeds": [0, 1],
-        "quantities": ["so_far.efficacy.mean"],
+        "quantities": {"efficacy so far": "so_far.efficacy.mean"},
         **fit,
         "variants": {"ROME": {}, "small steps": {"model": {"init_args": {"v_lr": 0.1}}}},
     } | changes
@@ -46,7 +46,7 @@ def experiment(world: World, **changes: Any) -> dict[str, Any]:
 def test_it_runs_every_variant_and_seed_once_and_draws_them(world: World, tmp_path: Path) -> None:
     file = write(tmp_path / "pair.yaml", experiment(world))
     logs = tmp_path / "logs"
-    shown = done("compare", file, "--save_dir", logs)
+    shown = done("compare", "--config", file, "--save_dir", logs)
     assert "run 4 of 4: small steps, seed 1" in shown.out
     places = [logs / "pair" / name / f"seed_{seed}" for name in ("ROME", "small steps") for seed in (0, 1)]
     for place in places:
@@ -55,15 +55,15 @@ def test_it_runs_every_variant_and_seed_once_and_draws_them(world: World, tmp_pa
         saved = yaml.safe_load((run / "config.yaml").read_text())
         assert saved["model"]["init_args"]["v_lr"] == (0.1 if "small" in str(place) else 0.5)
         assert saved["model"]["init_args"]["context_templates"]["seed"] == int(str(place)[-1])
-    with (logs / "pair/pair/so_far_efficacy_mean.csv").open() as table:
+    with (logs / "pair/pair/efficacy_so_far.csv").open() as table:
         rows = list(csv.DictReader(table))
     assert {(row["label"], row["edits"]) for row in rows} == {(n, e) for n in ("ROME", "small steps") for e in "013"}
     assert all(row["runs"] == "2" for row in rows)
-    assert (logs / "pair/pair/so_far_efficacy_mean.png").read_bytes()[:4] == b"\x89PNG"
+    assert (logs / "pair/pair/efficacy_so_far.png").read_bytes()[:4] == b"\x89PNG"
 
     before = {path: path.read_bytes() for path in logs.rglob("*.jsonl")}
     (newest(places[1], "metrics.json") / "metrics.json").unlink()  # as if it had been killed before its end
-    again = done("compare", file, "--save_dir", logs)
+    again = done("compare", "--config", file, "--save_dir", logs)
     assert "run 2 of 4" in again.out or "run 3 of 4" in again.out
     assert again.out.count(" of 4: ") == 1
     assert len(list(places[1].glob("version_*"))) == 1
@@ -71,7 +71,7 @@ def test_it_runs_every_variant_and_seed_once_and_draws_them(world: World, tmp_pa
     assert before.keys() == {path for path in logs.rglob("*.jsonl")}
 
     changed = write(tmp_path / "pair.yaml", experiment(world, data={"edits": world.edits, "stop": 2}))
-    refused = kedit("compare", changed, "--save_dir", logs)
+    refused = kedit("compare", "--config", changed, "--save_dir", logs)
     assert refused.status == 1
     assert "holds a run of another configuration" in refused.err
     assert refused.err.count("\n") == 1
@@ -79,10 +79,10 @@ def test_it_runs_every_variant_and_seed_once_and_draws_them(world: World, tmp_pa
 
 def test_one_file_can_extend_another(world: World, tmp_path: Path) -> None:
     write(tmp_path / "pair.yaml", experiment(world))
-    child = {"extends": "pair.yaml", "title": "One", "quantities": ["latest.efficacy.mean"]}
+    child = {"extends": "pair.yaml", "title": "One", "quantities": {"latest": "latest.efficacy.mean"}}
     found = read(write(tmp_path / "child.yaml", child))
     assert found["name"] == "pair"
-    assert (found["title"], found["quantities"]) == ("One", ["latest.efficacy.mean"])
+    assert (found["title"], found["quantities"]) == ("One", {"latest": "latest.efficacy.mean"})
     assert fit_configuration(found, "ROME", 1, tmp_path) == fit_configuration(
         read(tmp_path / "pair.yaml"), "ROME", 1, tmp_path
     )
@@ -103,7 +103,7 @@ def test_a_variant_of_another_class_takes_nothing_of_the_first_ones_settings(wor
     [
         ({"variants": {}}, "variants is empty"),
         ({"seeds": 3}, "expected seeds to be a list, got 3"),
-        ({"quantities": []}, "quantities is empty"),
+        ({"quantities": {}}, "quantities is empty"),
         ({"vairants": {}}, "unknown block 'vairants'"),
         ({"variants": {"a": {"modle": {}}}}, "variant 'a'"),
         ({"name": None}, "expected name to be a str"),
@@ -118,13 +118,13 @@ def test_what_cannot_be_used_is_said(world: World, tmp_path: Path, changes: dict
 
 def test_an_unknown_variant_and_a_missing_file(world: World, tmp_path: Path) -> None:
     file = write(tmp_path / "pair.yaml", experiment(world))
-    refused = kedit("compare", file, "--variants", "[TOP]", "--save_dir", tmp_path)
+    refused = kedit("compare", "--config", file, "--variants", "[TOP]", "--save_dir", tmp_path)
     assert (refused.status, "there is no 'TOP'; the experiment has ROME, small steps" in refused.err) == (1, True)
-    missing = kedit("compare", tmp_path / "none.yaml")
+    missing = kedit("compare", "--config", tmp_path / "none.yaml")
     assert missing.status == 1
     assert "no configuration file can be read there" in missing.err
     lost = write(tmp_path / "lost.yaml", {"extends": "none.yaml"})
-    assert "none.yaml: no configuration file" in kedit("compare", lost).err
+    assert "none.yaml: no configuration file" in kedit("compare", "--config", lost).err
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
@@ -132,7 +132,7 @@ def test_shipped_experiments_are_valid_runs(file: Path, tmp_path: Path) -> None:
     """Every variant of every experiment parses as a configuration of `kedit fit`."""
     found = read(file)
     first = file.read_text().splitlines()[0]
-    assert first == f"# kedit compare {file.relative_to(ROOT)}"
+    assert first == f"# kedit compare --config {file.relative_to(ROOT)}"
     for name in found["variants"]:
         config = write(tmp_path / "fit.yaml", fit_configuration(found, name, found["seeds"][0], tmp_path))
         done("fit", "--config", config, "--print_config")

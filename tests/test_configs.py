@@ -130,6 +130,14 @@ FT = {  # model, layer, learning rate, what else
     "ft_elastic_llama3-8b": (LLAMA3_8B, 21, 5e-4, {"elastic_net": {"num_steps": 10, "elastic_l1": 5e-7, "mu": 1e-3}}),
 }
 FT |= {f"{name}_zsre": row for name, row in FT.items() if not name.startswith("ft_l_")}
+EAC = {  # of the editor's own configuration what EAC changes: γ on CounterFact and on zsRE, μ
+    "rome_gpt2-xl": (85, 80, 0.5),
+    "rome_llama3-8b": (95, 90, 1e-3),
+    "rome_llama2-13b": (95, 90, 1e-3),  # not published, proposed as LLaMA-3-8B
+    "memit_gpt2-xl": (85, 80, 0.5),
+    "memit_llama3-8b": (95, 95, 1e-3),
+    "memit_llama2-13b": (95, 95, 1e-3),  # not published, proposed as LLaMA-3-8B
+}
 MODELS: dict[str, dict[str, Any]] = {
     "rome": ROME,
     "top": TOP,
@@ -147,6 +155,12 @@ FROM_JEEP = {"memit_llama-7b", "pmet_llama-7b", "pmet_llama-7b_zsre"} | {f"jeep_
 """What only JEEP's paper has numbers for: second moments over Wikitext, edited in fp16 (D.5 to D.7)."""
 WIKIPEDIA, WIKITEXT = "wikimedia/wikipedia:20231101.en", "Salesforce/wikitext:wikitext-103-raw-v1"
 RELEASED = {  # what the authors' code does otherwise
+    "eac_memit": {"preset": "released", "compress": {"gamma": 95, "v_num_grad_steps2": 15, "start": "zeros"}},
+    "eac_rome": {
+        "preset": "released",
+        "mom2_adjustment": False,
+        "compress": {"gamma": 80, "elastic_l1": 0, "kl_reference": "start"},
+    },
     "rome": {"preset": "released"},
     "rome_llama3-8b": {"mom2_adjustment": False},
     "rome_qwen2.5-7b": {"mom2_adjustment": False},
@@ -174,7 +188,10 @@ ABLATIONS = {  # JEEP, Table 4; the eighth row is JEEP itself
 NOT_PUBLISHED = ("ft_l_qwen2.5-14b", "rome_llama2-13b", "rome_qwen2.5-14b", "memit_llama2-13b", "memit_qwen2.5-14b")
 NOT_PUBLISHED += ("rets_qwen2.5-14b",)
 PROPOSED = {f"configs/{name}.yaml" for name in (*NOT_PUBLISHED, *(f"{editor}_almanac" for editor in MODELS))}
-PROPOSED.add("configs/experiments/jeep_scaling_almanac.yaml")
+PROPOSED |= {f"configs/eac_{editor}_{name}.yaml" for editor in ("rome", "memit") for name in ("almanac", "llama2-13b")}
+PROPOSED |= {f"configs/eac_{editor}_llama2-13b_zsre.yaml" for editor in ("rome", "memit")}
+PROPOSED |= {f"configs/experiments/{name}_almanac.yaml" for name in ("jeep_scaling", "eac_norm", "eac_ft")}
+PROPOSED |= {f"configs/experiments/eac_{name}_almanac.yaml" for name in ("ablation", "selectors")}
 DATA = {"dataset": "counterfact", "size": 2000, "batch_size": 1, "restore_every": 1}
 MASS = {"dataset": "multi_counterfact", "size": 10_000, "batch_size": 10_000, "restore_every": None}
 ZSRE = MASS | {"dataset": "zsre", "on_conflict": "keep_last", "options": {"target": "answers"}}
@@ -204,7 +221,8 @@ def stems(folder: str) -> set[str]:
 
 def test_there_is_a_configuration_for_every_row() -> None:
     rows = {f"{editor}_{name}" for editor, models in MODELS.items() for name in (*models, "almanac")}
-    assert stems(".") == rows
+    eac = {f"eac_{name}{data}" for name in EAC for data in ("", "_zsre")} | {"eac_rome_almanac", "eac_memit_almanac"}
+    assert stems(".") == rows | eac
     assert stems("data") == set(DATA_SETS)
     assert stems("released") == set(RELEASED)
     assert stems("ablations") == set(ABLATIONS)
@@ -222,6 +240,22 @@ def test_rome(name: str) -> None:
         "v_weight_decay": decay,
     }
     assert config["data"] == DATA
+
+
+@pytest.mark.parametrize("data", ["", "_zsre"])
+@pytest.mark.parametrize("name", EAC)
+def test_eac(name: str, data: str) -> None:
+    counterfact, zsre, mu = EAC[name]
+    config, own = load(f"configs/eac_{name}{data}.yaml"), load(f"configs/{name}.yaml")
+    own["model"]["init_args"].pop("v_num_grad_steps")  # EAC's own are in the block
+    compress = {"gamma": zsre if data else counterfact, "v_num_grad_steps1": 10, "v_num_grad_steps2": 10}
+    compress |= {"elastic_l1": 5e-7, "elastic_l2": "weight_decay"}
+    assert config["base"] == own["base"]
+    settings = own["model"]["init_args"] | {"v_weight_decay": mu, "compress": compress}
+    assert config["model"] == {"class_path": own["model"]["class_path"], "init_args": settings}
+    stream = {"dataset": "zsre", "options": {"target": "alt"}} if data else {"dataset": "counterfact"}
+    assert config["data"] == stream | {"size": 100, "batch_size": 1, "restore_every": None}
+    assert config["trainer"]["evaluate_at"] == [0, 1, 5, *range(10, 101, 10)]
 
 
 @pytest.mark.parametrize("name", TOP)
@@ -388,7 +422,8 @@ def test_data(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*RELEASED, *ABLATIONS])
 def test_overlays(name: str) -> None:
-    editor = {"alphaedit": "AlphaEdit"}.get(name.partition("_")[0], name.partition("_")[0].upper())
+    own = name.removeprefix("eac_").partition("_")[0]
+    editor = {"alphaedit": "AlphaEdit"}.get(own, own.upper())
     folder, settings = ("released", RELEASED[name]) if name in RELEASED else ("ablations", ABLATIONS[name])
     assert load(f"configs/{folder}/{name}.yaml") == {"model": {"class_path": editor, "init_args": settings}}
 
@@ -400,8 +435,9 @@ def test_overlays(name: str) -> None:
 def test_the_first_line_is_the_command(name: str) -> None:
     command = text(name).splitlines()[0]
     kedit, method, *args = shlex.split(command.removeprefix("# "))
+    folder = {"tasks": "tasks", "experiments": "compare"}.get(Path(name).parent.name, "fit")
     other = {"pretrain.yaml": "pretrain", "jeep_scaling_almanac.yaml": "scale"}
-    assert (kedit, method) == ("kedit", "tasks" if "/tasks/" in name else other.get(Path(name).name, "fit"))
+    assert (kedit, method) == ("kedit", other.get(Path(name).name, folder))
     assert args[::2] == ["--config"] * (len(args) // 2)
     assert args[-1] == name
     assert all((ROOT / path).is_file() for path in args[1::2])
@@ -485,6 +521,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deep]:
 
 def stage_layers(editor: str, settings: dict[str, Any]) -> list[int]:
     """The layers of an edit's stages."""
+    if settings.get("compress"):  # each stage twice
+        return [layer for layer in stage_layers(editor, settings | {"compress": None}) for _ in range(2)]
     if editor == "FT":
         return settings["layers"][-1:] * (2 if "elastic_net" in settings else 1)
     if editor in ("ROME", "RETS", "TOP"):
@@ -542,6 +580,8 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
     else:
         overrides["model.init_args.statistics.source"] = deep.few
         overrides |= {f"model.init_args.context_templates.{key}": value for key, value in few.items()}
+    if settings.get("origin_mom") is False:  # two prompts are too few for a second moment of their own
+        overrides["model.init_args.statistics.ridge"] = 0.1
     if "constraint" in settings:
         overrides["model.init_args.constraint.size"] = 2
         if settings["constraint"]["dataset"] != "almanac":
@@ -549,6 +589,8 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
     if "evaluate_at" in content.get("trainer", {}):
         overrides["trainer.evaluate_at"] = "null"  # tested elsewhere
     overrides |= {f"model.init_args.{key}": 2 for key in settings if key.startswith("v_num_grad_steps")}
+    if "compress" in settings:
+        overrides |= {f"model.init_args.compress.v_num_grad_steps{i}": 1 for i in (1, 2)}
     done(method, *args, *(f"--{key}={value}" for key, value in overrides.items()))
     run = RunDirectory(deep.logs / name.replace("/", "-") / "version_0")
     expected = settings | content["model"]["init_args"]
@@ -561,7 +603,7 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
     assert {(int(match[1]), match[2]) for match in found if match} == written(editor, expected)
     saved = yaml.safe_load((run.path / "config.yaml").read_text())["model"]["init_args"]
     given = {key.removeprefix("model.init_args.") for key in overrides}
-    blocks = {"statistics", "context_templates", "elastic_net", "constraint"} & set(expected)
+    blocks = {"statistics", "context_templates", "elastic_net", "constraint", "compress"} & set(expected)
     for key in set(expected) - given - blocks:
         assert saved[key] == expected[key], key
     for block in blocks:  # what an overlay says of a block is added to the block

@@ -35,9 +35,9 @@ def runs(tmp_path: Path) -> dict[str, list[Path]]:
 
 
 def test_a_figure_a_table_and_tensorboard_for_each_quantity(tmp_path: Path, runs: dict[str, list[Path]]) -> None:
-    asked = ["so_far.reliability.mean", "drift.*.l1"]
+    asked = {"reliability, all so far": "so_far.reliability.mean", "L1 drift": "drift.*.l1"}
     made = curves(runs, asked, tmp_path / "out", "ROME and EAC")
-    names = [f"{stem}.{kind}" for stem in ("so_far_reliability_mean", "drift_l1") for kind in ("png", "csv")]
+    names = [f"{stem}.{kind}" for stem in ("reliability_all_so_far", "L1_drift") for kind in ("png", "csv")]
     assert [path.name for path in made] == names
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made[::2])
     rows = list(csv.DictReader(made[1].open()))
@@ -56,7 +56,7 @@ def test_a_figure_a_table_and_tensorboard_for_each_quantity(tmp_path: Path, runs
     events = EventAccumulator(str(tmp_path / "out"))
     events.Reload()
     assert set(events.Tags()["images"]) == set(asked)
-    values = [(event.step, event.value) for event in events.Scalars("so_far.reliability.mean/EAC")]
+    values = [(event.step, event.value) for event in events.Scalars("reliability, all so far/EAC")]
     assert values == [(10, pytest.approx(0.09)), (20, pytest.approx(0.045))]
 
 
@@ -79,7 +79,7 @@ def test_what_cannot_be_drawn_is_one_clear_line(tmp_path: Path, runs: dict[str, 
     with pytest.raises(
         KeditError, match=r"tasks.nli is in none of the runs; there are drift\.\*\.l1, edits, so_far\.reli"
     ):
-        curves(runs, ["drift.*.l1", "tasks.nli"], out, "")
+        curves(runs, {"drift": "drift.*.l1", "nli": "tasks.nli"}, out, "")
     with pytest.raises(KeditError, match=r"expected a run with checkpoints.jsonl or health.jsonl, found neither"):
-        curves({"a": [tmp_path / "nowhere"]}, ["drift.*.l1"], out, "")
+        curves({"a": [tmp_path / "nowhere"]}, {"drift": "drift.*.l1"}, out, "")
     assert not out.exists(), "nothing half-made"

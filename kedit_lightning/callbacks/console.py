@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import io
 import logging
 import shlex
-import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
@@ -17,13 +14,12 @@ from typing import TYPE_CHECKING, cast
 import rich.console
 from lightning import LightningModule, Trainer
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 from kedit_lightning.callbacks.base import EditCallback
+from kedit_lightning.callbacks.logs import LINES
 from kedit_lightning.callbacks.rows import Rows
 from kedit_lightning.lines import Record
 from kedit_lightning.metrics.generation import says
-from kedit_lightning.models.processes import ranks
 from kedit_lightning.models.progress import DISPLAY
 from kedit_lightning.report import count, edit_line, printable, quoted, table
 
@@ -33,19 +29,6 @@ if TYPE_CHECKING:
 
 FEW = 30
 """Up to this many edits have a line each."""
-
-NOISE = (
-    r".*does not have many workers",
-    r"The number of training batches",
-    r"Total length of `\w+` across ranks is zero",
-    r".*treespec, LeafSpec",
-    r"The `srun` command is available",
-    r"Your `IterableDataset` has `__len__`",
-)
-"""Warnings of Lightning about training loops that edit streams are not."""
-
-SAID = tuple(f"kedit_lightning.models.{name}" for name in ("statistics", "key_pass", "sums", "key_statistics"))
-"""Loggers whose news are shown, not only their warnings."""
 
 _PREPARING = "preparing: contexts, key statistics"
 _TITLES = {"before": "measuring before", "after": "measuring after", "validate": "measuring", "test": "measuring"}
@@ -95,7 +78,7 @@ class Console(EditCallback):
         self._start(n_edits)
         self._bar(trainer, _PREPARING, 0, None)
         DISPLAY.set(partial(self._bar, trainer))  # the pass over documents shows its steps here
-        _LINES.setLevel(logging.INFO if _talks(trainer) else logging.WARNING)
+        LINES.setLevel(logging.INFO if _talks(trainer) else logging.WARNING)
 
     def on_evaluation_start(self, trainer: Trainer, title: str, total: int) -> None:
         """One bar before; one after over the whole stream, however often the weights are restored.
@@ -260,35 +243,6 @@ class Console(EditCallback):
             ]
         for name, value in rows:
             self.rows.line(Text.assemble((f"{name:<14}", "bold"), value))
-
-
-def quiet() -> None:
-    """Silence what Lightning and transformers say to people who write training loops."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    _LINES.setLevel(logging.INFO)
-    for name in SAID:
-        logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addHandler(_LINES)
-    for stream in (sys.stdout, sys.stderr):  # ✓ and ± on a terminal without them are no reason to fail
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-class _Lines(logging.Handler):
-    """What we log goes to standard error, above the bars; it need not be the one of the start."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """A line, of the first of several processes."""
-        if ranks()[0] == 0:
-            sys.stderr.write(f"{self.format(record)}\n")
-
-
-_LINES = _Lines()
 
 
 def _talks(trainer: Trainer) -> bool:

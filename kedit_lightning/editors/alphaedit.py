@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from kedit_lightning import solvers
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.checks import at_least
 from kedit_lightning.editors.memit import MEMIT
-from kedit_lightning.edits import Edit, Site
+from kedit_lightning.edits import Site
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.memory import require
 
@@ -51,11 +51,10 @@ class AlphaEdit(MEMIT):
         for moment in self.moments.values():
             moment.null_space(self.nullspace_threshold, self.base.device)
 
-    def begin(self, edits: Sequence[Edit], pass_: int = 0) -> None:
-        """Also room for M, which the first commit makes."""
-        if pass_ == 0 and not self.remembered:
-            require(self.base, self.sites(), len(edits), kept=1)
-        super().begin(edits, pass_)
+    @property
+    def kept(self) -> int:
+        """M, which the first commit makes."""
+        return 0 if self.remembered else 1
 
     def write(self) -> Generator[WeightDelta, None, None]:
         """MEMIT's layers; then the keys of all of them, read on the edited model, are remembered."""

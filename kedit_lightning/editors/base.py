@@ -1,11 +1,10 @@
-"""What every editor is made of: its settings, its edit batch, keys, values and the loss that most share."""
+"""What every editor is made of: its settings, its edit batch, and the loss that most share."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
-from itertools import product
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -13,25 +12,23 @@ from torch import Tensor, nn
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.checks import ascending, at_least
+from kedit_lightning.editors.closed_form import ClosedForm
 from kedit_lightning.editors.compression import Compression, compressed
 from kedit_lightning.editors.losses import KLPrompt, edit_loss
 from kedit_lightning.editors.parts import Parts
-from kedit_lightning.editors.reading import Keys, read_keys, read_values
 from kedit_lightning.editors.stages import Loss, Stage, ValueDelta
-from kedit_lightning.editors.training import StagedTraining
-from kedit_lightning.edits import Edit, Part, Site, Token
+from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.encoding import Batch
 from kedit_lightning.models.memory import require, token_budget
-from kedit_lightning.models.statistics import KeyStatistics, Statistics
+from kedit_lightning.models.statistics import Statistics
 from kedit_lightning.models.suffix import FullForward, SuffixForward
 
 Preset = Literal["paper", "released"]
-Spread = Literal["even", "sqrt"]
 
 
-class Editor(StagedTraining):
+class Editor(ClosedForm):
     """A locate-then-edit editor: `locate` · `stages` · `write`.
 
     One `Trainer.fit` is one pass over one edit batch: the stages run as training of `ValueDelta`s beside a frozen base
@@ -103,7 +100,7 @@ class Editor(StagedTraining):
         self.kl_reference: Mapping[Site, Tensor] = {}
         self._forward = SuffixForward if forward == "suffix" else FullForward
         self.templates: list[list[str]] = []
-        self.moments: dict[Site, KeyStatistics] = {}
+        self.moments = {}
         self.memory: dict[str, Tensor] = {}
         self.layer: int
 
@@ -149,6 +146,11 @@ class Editor(StagedTraining):
     def names(self) -> list[str]:
         """The names of the weights that are edited, among the model's parameters."""
         return [self.base.name(site) for site in self.sites()]
+
+    @property
+    def kept(self) -> int:
+        """How many matrices of k × k in float64 the next commit makes, for each site, that then stay in main memory."""
+        return 0
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Take in what a commit has remembered; called after each commit with its `memory`."""
@@ -199,7 +201,7 @@ class Editor(StagedTraining):
             KeditError: There are more edits than memory for their keys and values.
         """
         if pass_ == 0:
-            require(self.base, self.sites(), len(edits), moments=self.moments)
+            require(self.base, self.sites(), len(edits), self.kept, self.moments)
             requests = [self.request(edit) for edit in edits]
             self.parts = Parts(self.base, requests, self.templates, self.budget, separate=self.separate_targets)
             self.edits, self.outcomes, self.memory = edits, [], {}
@@ -247,66 +249,3 @@ class Editor(StagedTraining):
             slip=slip,
             kl_reference=self.kl_reference,
         )
-
-    def keys(self, tokens: Mapping[Site, Token], *, bare: bool = False) -> dict[Site, Keys]:
-        """Keys of all edits of the batch at tokens of sites, by one forward pass; also those of the bare prompts."""
-        return read_keys(self.base, self.parts, tokens, bare=bare)
-
-    def present(self, tokens: Mapping[Site, Token]) -> dict[Site, Tensor]:
-        """What sites put out now at tokens of the bare prompts of all edits; float32, shape ``(n, d)``."""
-        return read_values(self.base, self.parts, tokens)
-
-    # ------------------------------------------------------------------ what is solved with it
-
-    def whiten(self, keys: Tensor, site: Site) -> Tensor:
-        """``C⁻¹ k`` in float64 for keys of shape ``(n, k)``; k itself without ``mom2_adjustment``."""
-        return self.moments[site].solve(keys)
-
-    def spread(
-        self,
-        layers: Sequence[int],
-        deltas: Mapping[Part, ValueDelta],
-        rule: Spread,
-        weight: float,
-        *,
-        together: bool = True,
-    ) -> Generator[WeightDelta, None, None]:
-        """Write values over layers, each taking its share of what the layers below have left (MEMIT, Sec. 4.3).
-
-        Layer i of n takes ``(v − present) / (n − i)``, or with ``sqrt`` its square root (PMET, JEEP), where both are
-        taken where the value is written and on the model edited so far.
-
-        Args:
-            layers: The layers, ascending.
-            deltas: For each kind of weight the value that it is to produce in the last layer.
-            rule: How the residual is shared.
-            weight: λ of the second moment.
-            together: Read the keys of all kinds of weights of a layer before any of them is written.
-        """
-        groups = [deltas] if together else [{part: delta} for part, delta in deltas.items()]
-        for (i, layer), group in product(enumerate(layers), groups):
-            share = (len(layers) - i) ** (0.5 if rule == "sqrt" else 1.0)
-            keys = self.keys({Site(layer, part): delta.token for part, delta in group.items()})
-            present = self.present({delta.written_at: delta.token for delta in group.values()})
-            for part, delta in group.items():
-                site, now = Site(layer, part), present[delta.written_at]
-                try:
-                    update = self.solve(site, (delta.value.to(now.device) - now) / share, keys[site].mean, weight)
-                except ValueError as error:
-                    msg = f"layer {layer}, {part}: {error}"
-                    raise KeditError(msg) from error
-                yield update
-
-    def solve(self, site: Site, residual: Tensor, keys: Tensor, weight: float) -> WeightDelta:
-        """``Δ = R Kᵀ (λC + K Kᵀ)⁻¹`` for residuals ``(n, d)`` and keys ``(n, k)`` (MEMIT Eq. 14)."""
-        left, right = self.moments[site].least_squares(residual, keys, weight)
-        return WeightDelta.low_rank(self.base.name(site), left, right)
-
-    def settle(self) -> None:
-        """After `write`: how far the edited model's values are from those that were wanted."""
-        for outcome in self.outcomes:
-            if outcome.pass_ == self.pass_:
-                found = self.present({delta.written_at: delta.token for delta in outcome.deltas})
-                for delta in outcome.deltas:
-                    error = (found[delta.written_at].cpu() - delta.value).norm(dim=1)
-                    outcome.residual[delta.label] = error / delta.value.norm(dim=1)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal
 
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors.base import Editor, Preset, Spread
+from kedit_lightning.editors.base import Editor, Preset
 from kedit_lightning.editors.checks import ascending, at_least
+from kedit_lightning.editors.closed_form import Spread
 from kedit_lightning.editors.stages import Loss, Stage, ValueDelta, likely
 from kedit_lightning.edits import Part, Site, Token
 from kedit_lightning.errors import KeditError

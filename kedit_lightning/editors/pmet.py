@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors.base import Spread
 from kedit_lightning.editors.checks import at_least
+from kedit_lightning.editors.closed_form import Spread
 from kedit_lightning.editors.memit import MEMIT
 from kedit_lightning.editors.stages import Loss, Stage, below
 from kedit_lightning.edits import Part, Site, Token

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from kedit_lightning import solvers
 from kedit_lightning.delta import WeightDelta
-from kedit_lightning.editors.base import Editor, Spread
+from kedit_lightning.editors.base import Editor
 from kedit_lightning.editors.checks import at_least
+from kedit_lightning.editors.closed_form import Spread
 from kedit_lightning.editors.stages import Stage, below
 from kedit_lightning.edits import Site, Token
 from kedit_lightning.errors import KeditError

@@ -2,7 +2,8 @@
 
 from kedit_lightning.data.datasets import ReferenceTexts
 from kedit_lightning.metrics.collection import REPORTED, EditMetrics, eac_names, paper_names
-from kedit_lightning.metrics.evaluator import Evaluation, Evaluator
+from kedit_lightning.metrics.evaluation import Evaluation
+from kedit_lightning.metrics.evaluator import Evaluator
 from kedit_lightning.metrics.functional import PromptScores, Summary
 from kedit_lightning.metrics.generation import GeneratedAccuracy, NGramEntropy, TfidfConsistency
 from kedit_lightning.metrics.per_case import PerCaseMetric

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
@@ -16,51 +15,24 @@ from torch import Tensor
 
 from kedit_lightning.data.datasets import ReferenceTexts
 from kedit_lightning.edits import PROMPT_LISTS, Edit
-from kedit_lightning.errors import DataError, KeditError
+from kedit_lightning.errors import DataError
 from kedit_lightning.metrics.collection import EditMetrics
-from kedit_lightning.metrics.functional import WORD, PromptScores, fit_tfidf, tfidf_consistency
+from kedit_lightning.metrics.evaluation import TOP_K, Evaluation
+from kedit_lightning.metrics.functional import PromptScores, fit_tfidf, tfidf_consistency
 from kedit_lightning.metrics.generation import says, text_entropies
 from kedit_lightning.metrics.questions import Question, Reference, edited_relations, golden, identity, questions
-from kedit_lightning.metrics.scorer import CANDIDATES, Scorer
+from kedit_lightning.metrics.scorer import Scorer
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.generation import generate, normalise
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-TOP_K = 5
 CHUNK = 2048
 """Edits scored together: prompts of like length share a batch, and one that comes twice is read once."""
 
 WRITING = 32
 """Edits evaluated together where texts are written as well: few enough to show progress."""
-
-
-@dataclass
-class Evaluation:
-    """How edits are evaluated.
-
-    Attributes:
-        generation: Also let the model write: fluency, consistency and free-generation efficacy (slower).
-        generation_length: Length of a written text in tokens, its prompt included.
-        max_tokens: Tokens of a batch, padding included; less needs less memory.
-        seed: Seed of the written texts; each case and prompt has a random stream of its own.
-
-    Raises:
-        KeditError: A number of tokens is below 1.
-    """
-
-    generation: bool = True
-    generation_length: int = 100
-    max_tokens: int = 8192
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse lengths that mean nothing."""
-        for name in ("generation_length", "max_tokens"):
-            if (value := getattr(self, name)) < 1:
-                msg = f"evaluation.{name}: expected at least 1, got {value}"
-                raise KeditError(msg)
 
 
 class Evaluator:
@@ -84,26 +56,7 @@ class Evaluator:
     @property
     def protocol(self) -> dict[str, Any]:
         """What every number depends on; numbers of different protocols do not compare."""
-        return {
-            "tokenizer": type(self.base.tokenizer).__name__,
-            "dtype": str(next(self.base.model.parameters()).dtype).removeprefix("torch."),
-            "joiner": " ",
-            "scoring": "teacher-forced, float32 log-softmax, mean NLL over the target's tokens",
-            "success": "strictly likelier; a tie fails",
-            "r_specificity": f"first content token of the unedited model's {CANDIDATES} likeliest, against the least "
-            "likely token of the new target; relations edited for the same subject in the batch left out",
-            "locality": "tokens of the neighborhood's answers, teacher-forced, whose arg-max is the unedited model's",
-            "aggregation": "mean over the prompts of a case, then over cases; std with ddof 0 over cases",
-            "generated": "greedy, begins with the new target as whole words, tokens of the target + 1",
-            "generation": {
-                "enabled": self.settings.generation,
-                "length": self.settings.generation_length,
-                "top_k": TOP_K,
-                "seed": self.settings.seed,
-                "text": "with its prompt, NFKD, end-of-text does not stop it",
-                "words": WORD,
-            },
-        }
+        return self.settings.protocol(self.base)
 
     def new(self) -> EditMetrics:
         """An empty collection of metrics, on the model's device."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.edits import Site
-from kedit_lightning.models.key_statistics import factorise
+from kedit_lightning.models.factors import factorise
 from kedit_lightning.solvers import double
 
 

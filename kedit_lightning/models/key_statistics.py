@@ -12,6 +12,7 @@ from torch import Tensor
 from kedit_lightning import solvers
 from kedit_lightning.errors import StatisticsError
 from kedit_lightning.models.devices import free_memory
+from kedit_lightning.models.factors import condition, factorise, symmetric
 from kedit_lightning.solvers import SingularError, double
 
 log = logging.getLogger(__name__)
@@ -22,41 +23,7 @@ proportion, then stays below the 6e-8 with which a delta is rounded to float32, 
 
 ROOMY = 6
 """Float64 matrices of a second moment's size that must fit into a GPU for it to be solved there."""
-ASYMMETRY = 1e-3
-"""How far mirror images may lie apart, in units of the largest diagonal entry: float32 sums over many keys round."""
 ADVICE = "take more tokens (`statistics.tokens`; 10 × the width is usual) or set `statistics.ridge`, say 1e-3"
-
-
-def factorise(mean: Tensor, ridge: float = 0.0) -> Tensor:
-    """Lower Cholesky factor of ``C + ridge · tr(C)/k · I`` in float64.
-
-    Args:
-        mean: C, symmetric, shape ``(k, k)``.
-        ridge: What is added to the diagonal, in units of its mean.
-
-    Returns:
-        L with ``L Lᵀ = C + …``, shape ``(k, k)``.
-
-    Raises:
-        SingularError: The matrix is not positive definite.
-    """
-    return solvers.cholesky(solvers.ridged(mean, ridge))
-
-
-def condition(factor: Tensor, iterations: int = 20) -> float:
-    """Estimate of the condition number of ``L Lᵀ`` by power iterations; it is a lower bound.
-
-    Args:
-        factor: L, lower triangular, shape ``(k, k)``.
-        iterations: Steps for the largest and for the smallest eigenvalue; a step costs O(k²).
-    """
-    start = torch.randn(len(factor), 1, dtype=factor.dtype, generator=torch.Generator().manual_seed(0))
-    high = low = start.to(factor.device)
-    largest = smallest = 0.0
-    for _ in range(iterations):
-        high, low = factor @ (factor.T @ (high / high.norm())), solvers.cholesky_solve(low / low.norm(), factor)
-        largest, smallest = float(high.norm()), 1 / float(low.norm())
-    return largest / smallest
 
 
 class KeyStatistics:
@@ -194,23 +161,7 @@ class KeyStatistics:
     @cached_property
     def _matrix(self) -> Tensor:
         """C, once it is known to be a finite symmetric matrix."""
-        c = self.mean
-        if c.ndim != 2 or c.shape[0] != c.shape[1]:
-            msg = f"the second moment of {self.name}: expected a square matrix, got shape {tuple(c.shape)}"
-            raise StatisticsError(msg)
-        scale = float(c.diagonal().abs().max())
-        for i in range(0, len(c), solvers.BLOCK):
-            rows, columns = c[i : i + solvers.BLOCK], c[:, i : i + solvers.BLOCK].T
-            if not rows.isfinite().all():
-                msg = f"the second moment of {self.name} has entries that are not finite; compute it again"
-                raise StatisticsError(msg)
-            if (apart := float((rows - columns).abs().max())) > ASYMMETRY * scale:
-                msg = (
-                    f"the second moment of {self.name}: expected a symmetric matrix, got entries that differ from "
-                    f"their mirror images by {apart:.1e} beside a diagonal up to {scale:.1e}; compute it again"
-                )
-                raise StatisticsError(msg)
-        return c
+        return symmetric(self.mean, self.name)
 
     def _check_width(self, keys: Tensor) -> None:
         if keys.shape[-1] != self.width:

@@ -11,9 +11,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from kedit_lightning import __version__
 from kedit_lightning.cache import cache_dir
 from kedit_lightning.errors import KeditError, StatisticsError
 from kedit_lightning.models import moment_files
+from kedit_lightning.models.processes import ranks
 
 About = dict[str, str]
 """Everything that changes a site's second moment, in words for the file's header."""
@@ -48,19 +50,32 @@ class MomentCache:
             log.warning("%s. It is computed again.", error)
             return None
 
-    def save(self, about: About, moment: Tensor, count: int, extra: About) -> None:
-        """Keep a sum; where there is no room for it, that is said.
+    def keep(self, about: About, moment: Tensor, count: int, extra: About) -> moment_files.Moment:
+        """Keep a new sum, once for all processes; where there is no room for it, that is said.
 
         Args:
             about: What it was computed from.
             moment: The sum, shape ``(k, k)``.
             count: Keys in it.
             extra: What else the header is to say.
+
+        Returns:
+            C and the number of keys in it.
+
+        Raises:
+            StatisticsError: The sum is not finite.
         """
-        try:
-            moment_files.save(self.path(about), moment, count, about | extra)
-        except (KeditError, SafetensorError) as error:
-            log.warning("Cannot keep the second moment of %s: %s. Going on without.", about["module"], error)
+        module = about["module"]
+        if not moment.isfinite().all():
+            msg = f"the keys of {module} are not finite in {about['weights']}: load the model in float32 or bfloat16"
+            raise StatisticsError(msg)
+        if ranks()[0] == 0:
+            header = {**about, "count": str(count), "kedit_lightning": __version__, **extra}
+            try:
+                moment_files.save(self.path(about), moment, count, header)
+            except (KeditError, SafetensorError) as error:
+                log.warning("Cannot keep the second moment of %s: %s. Going on without.", module, error)
+        return moment / count, count
 
 
 def _key(about: About | Sequence[About]) -> str:

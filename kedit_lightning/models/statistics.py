@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from torch import distributed
 
-from kedit_lightning import __version__
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import StatisticsError
 from kedit_lightning.models import moment_files
@@ -25,9 +24,6 @@ from kedit_lightning.models.language_model import LanguageModel
 from kedit_lightning.models.moment_cache import About, MomentCache
 from kedit_lightning.models.packing import ForwardDtype, KeyReader, rounds
 from kedit_lightning.models.processes import of_all, ranks
-from kedit_lightning.models.second_moment import SecondMoment
-
-__all__ = ["KeyStatistics", "SecondMoment", "Statistics", "compute"]
 
 log = logging.getLogger(__name__)
 TOKENS_PER_DIMENSION = 10
@@ -192,8 +188,8 @@ class Statistics:
         found = {}
         for site, (moment, count) in moments.items():
             changes = json.dumps(sums.convergence.changes[site])
-            extra = {"documents_read": str(sums.documents), "convergence": changes}
-            found[site] = self._keep(about[site], moment, count, extra)
+            extra = {"source": self.source, "documents_read": str(sums.documents), "convergence": changes}
+            found[site] = self._cache.keep(about[site], moment, count, extra)
         if ranks()[0] == 0:
             partial.unlink(missing_ok=True)
         if ranks()[1] > 1:
@@ -204,17 +200,6 @@ class Statistics:
         """Token ids of each document, and from which token on its keys count."""
         skip = int(self.skip_first_token)
         return tokenise(self._corpus, base.tokenizer, max_length=max_length, tokens=tokens, skip=skip), skip
-
-    def _keep(self, about: About, moment: torch.Tensor, count: int, extra: About) -> moment_files.Moment:
-        """Check a new sum, save it once for all processes, and give C."""
-        if not moment.isfinite().all():
-            module, dtype = about["module"], about["weights"]
-            msg = f"the keys of {module} are not finite in {dtype}: load the model in float32 or bfloat16"
-            raise StatisticsError(msg)
-        if ranks()[0] == 0:
-            extra = {"source": self.source, "count": str(count), "kedit_lightning": __version__, **extra}
-            self._cache.save(about, moment, count, extra)
-        return moment / count, count
 
     @property
     def _cache(self) -> MomentCache:

@@ -15,7 +15,8 @@ import rich.console
 import torch
 
 from kedit_lightning.callbacks import rows
-from kedit_lightning.callbacks.console import SAID, Console, quiet
+from kedit_lightning.callbacks.console import Console
+from kedit_lightning.callbacks.logs import SAID, quiet
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models.progress import DISPLAY
 from kedit_lightning.report import cell, table

@@ -34,7 +34,8 @@ def outcome(stage: str, pass_: int, n: int, steps: int) -> Outcome:
     curves = [
         {"nll": torch.rand(n) + 1 / (step + 1), "weight_decay": torch.full((n,), 0.1 * step)} for step in range(steps)
     ]
-    return Outcome(stage, pass_, (), torch.full((n,), steps), torch.full((n,), torch.nan), curves)
+    unconverged, no_target = torch.zeros(n, dtype=torch.bool), torch.full((n,), torch.nan)
+    return Outcome(stage, pass_, (), torch.full((n,), steps), unconverged, no_target, curves)
 
 
 def draw(path: Path, batches: list[list[Outcome]], report: dict[str, Any], logger: Any = None, **trainer: Any) -> None:

@@ -76,9 +76,10 @@ class Kept(EditCallback):
         self.commits.append([(delta.delta.detach().clone(), delta.value.clone()) for delta in editor.deltas])
 
 
-def trainer(folder: Path, *callbacks: EditCallback) -> EditTrainer:
+def trainer(folder: Path, *callbacks: EditCallback, **settings: Any) -> EditTrainer:
     """A trainer that measures nothing, shows nothing and draws nothing."""
-    made = EditTrainer(save_dir=str(folder), evaluate=False, accelerator="cpu", enable_progress_bar=False)
+    quick = {"save_dir": str(folder), "evaluate": False, "accelerator": "cpu", "enable_progress_bar": False}
+    made = EditTrainer(**(quick | settings))
     made.callbacks = [made.weight_update, *callbacks]
     return made
 

@@ -163,10 +163,14 @@ def test_below_counts_all_terms() -> None:
 
 
 def test_the_last_entry_of_an_outcome_is_that_of_the_final_delta() -> None:
-    outcome, both = Outcome("a", 0, (), torch.zeros(2, dtype=torch.long), torch.full((2,), torch.nan)), torch.arange(2)
+    steps, both = torch.zeros(2, dtype=torch.long), torch.arange(2)
+    outcome = Outcome("a", 0, (), steps, torch.tensor([True, False]), torch.full((2,), torch.nan))
     outcome.add(Loss({"x": torch.tensor([3.0, 2.0])}), both, torch.tensor([True, True]), 0)
     outcome.add(Loss({"x": torch.tensor([1.0, 9.0])}), both, torch.tensor([True, False]), 1)
-    assert [outcome.final(i) for i in (0, 1)] == [{"steps": 2, "x": 1.0}, {"steps": 1, "x": 2.0}]
+    assert [outcome.final(i) for i in (0, 1)] == [
+        {"steps": 2, "converged": True, "x": 1.0},
+        {"steps": 1, "converged": False, "x": 2.0},
+    ]
 
 
 def test_a_loss_that_is_not_finite_is_named_by_case_and_step(toy: Toy, tmp_path: Path) -> None:
@@ -179,8 +183,9 @@ def test_a_loss_that_is_not_finite_is_named_by_case_and_step(toy: Toy, tmp_path:
         return found
 
     toy.loss = breaking  # type: ignore[method-assign]
+    made = trainer(tmp_path, on_rejected="stop")
     with pytest.raises(KeditError, match=r"case 11: the loss is nan at step 3; load the model in float32"):
-        fit(toy, THREE, tmp_path, batch_size=3)
+        stream(made, toy, THREE, batch_size=3)
     assert same(toy.base, before)
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kedit_lightning.callbacks.console import SAID, quiet
+from kedit_lightning.callbacks.logs import SAID, quiet
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import StatisticsError
 from kedit_lightning.models import LanguageModel, key_pass, moment_files

@@ -26,9 +26,10 @@ from kedit_lightning.cache import cache_dir
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import KeditError, StatisticsError
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.factors import condition, factorise
 from kedit_lightning.models.fingerprint import fingerprint, fingerprint_below
 from kedit_lightning.models.key_pass import KeyPass
-from kedit_lightning.models.key_statistics import Identity, KeyStatistics, condition, factorise
+from kedit_lightning.models.key_statistics import Identity, KeyStatistics
 from kedit_lightning.models.processes import agreed, together
 from kedit_lightning.models.second_moment import SecondMoment
 from kedit_lightning.models.statistics import Statistics, compute

@@ -1,0 +1,109 @@
+"""Commands of the trainer that stream no edits: statistics of keys, the scaling run, the choice of EAC's γ."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning import Trainer
+
+from kedit_lightning.callbacks.base import EditCallback
+from kedit_lightning.data.datamodule import EditDataModule, given
+from kedit_lightning.editors import Editor
+from kedit_lightning.errors import KeditError
+from kedit_lightning.gamma import GAMMAS, GammaSearch
+from kedit_lightning.interrupts import interrupts_passed_on
+from kedit_lightning.models.processes import together
+from kedit_lightning.models.statistics import compute
+from kedit_lightning.run import Record
+from kedit_lightning.scaling import SEEDS, Scaling
+
+if TYPE_CHECKING:
+    from kedit_lightning.trainer import EditTrainer
+
+
+class Studies(Trainer):
+    """What `EditTrainer` can do beside streaming edits."""
+
+    def tell(self, hook: str, *args: Any) -> None:
+        """Call a hook of the edit stream on every callback that hears of it."""
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EditCallback):
+                getattr(callback, hook)(self, *args)
+
+    def _alone(self, command: str) -> None:
+        """Refuse several processes where they are not supported."""
+        if self.world_size > 1:
+            msg = (
+                f"{command}: expected one process, got {self.world_size}: set trainer.devices and trainer.num_nodes to "
+                "1 (`kedit statistics` takes several)"
+            )
+            raise KeditError(msg)
+
+    def statistics(self, model: Editor, datamodule: EditDataModule | None = None) -> None:
+        """Collect the second moments of the keys that an editor's configuration needs; `fit` does so by itself.
+
+        Several processes (``devices``, ``num_nodes``, torchrun) share the documents.
+
+        Args:
+            model: The editor.
+            datamodule: Not used.
+
+        Raises:
+            StatisticsError: There is nothing to collect, or it cannot be kept.
+        """
+        base, statistics, sites = model.base, model.statistics, model.sites()
+        statistics.check(base, sites)  # before processes are started
+
+        def work() -> None:
+            self.tell("on_statistics", compute(base.to(self.strategy.root_device), statistics, sites))
+
+        together(self, work)
+
+    def scale(
+        self,
+        model: Editor,
+        datamodule: EditDataModule | None = None,
+        counts: list[int] | None = None,
+        seeds: list[int] = SEEDS,
+    ) -> list[Record]:
+        """Edit more and more facts at once, each time on the unedited model, and measure how the scores change.
+
+        Args:
+            model: The editor.
+            datamodule: The edits.
+            counts: How many, ascending; by default JEEP's 1, 2, 3, 6, …, 10,000 as far as there are edits.
+            seeds: Of the choice of edits, a run each.
+
+        Returns:
+            A record a number of edits, as in scaling.csv.
+        """
+        self._alone("scale")
+        scaling = Scaling(cast("EditTrainer", self), model, given(datamodule, "fit"), counts, seeds)
+        with interrupts_passed_on():
+            return scaling.run(partial(super().fit, model, datamodule=datamodule))
+
+    def tune_gamma(
+        self,
+        model: Editor,
+        datamodule: EditDataModule | None = None,
+        gammas: list[float] = GAMMAS,
+        edits: int = 50,
+        tolerance: float = 0.05,
+    ) -> float | None:
+        """Choose how far EAC compresses an editor's values, on single edits (EAC, appendix A).
+
+        Args:
+            model: The editor.
+            datamodule: The edits.
+            gammas: Percentiles that are tried.
+            edits: How many facts, each edited by itself; the first of the data.
+            tolerance: How far reliability, generalization and locality may each fall below those without compression.
+
+        Returns:
+            The largest percentile that keeps all three; None where there is none.
+        """
+        self._alone("tune-gamma")
+        search = GammaSearch(cast("EditTrainer", self), model, given(datamodule, "fit"), gammas, edits, tolerance)
+        with interrupts_passed_on():
+            return search.run(partial(super().fit, model, datamodule=datamodule))
