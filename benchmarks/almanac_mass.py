@@ -6,8 +6,9 @@
 A row is an editor as its configs/*_almanac.yaml has it, with settings that differ; `batch_size` is the edits solved
 together, all by default. A seed chooses facts, new objects and context templates. Every run is a process of its own, so
 that its peak memory is its own. Numbers are means over the seeds with half the width of their 95 % interval (Student's
-t); "residual" is how far the edited model's value is from the wanted one, relative to it. Rows are printed as they
-come, as a Markdown table; --out keeps every run, and runs that it holds are not repeated.
+t); "residual" is how far the edited model's value is from the wanted one, relative to it, "L1 drift" the mean over the
+edited matrices of (‖W‖₁ − ‖W₀‖₁) / ‖W₀‖₁ in percent. Rows are printed as they come, as a Markdown table; --out keeps
+every run, and runs that it holds are not repeated.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import resource
 import sys
 import tempfile
@@ -43,8 +45,11 @@ def run(name: str, changes: dict[str, Any], edits: int, seed: int, written: int,
     from kedit_lightning.callbacks.logs import quiet
     from kedit_lightning.data.datamodule import EditDataModule
     from kedit_lightning.data.prompts import ContextTemplates
+    from kedit_lightning.editors.compression import Compression
     from kedit_lightning.metrics import Evaluation, Evaluator
+    from kedit_lightning.metrics.drift import weight_drift
     from kedit_lightning.models import LanguageModel, Statistics
+    from kedit_lightning.run import read_deltas
     from kedit_lightning.trainer import EditTrainer
 
     quiet()
@@ -56,6 +61,8 @@ def run(name: str, changes: dict[str, Any], edits: int, seed: int, written: int,
     settings = {**shipped["init_args"], **changes}
     settings["context_templates"] = ContextTemplates(**settings["context_templates"], seed=seed)
     settings["statistics"] = Statistics(**settings["statistics"])
+    if "compress" in settings:
+        settings["compress"] = Compression(**settings["compress"])
     base = LanguageModel("almanac")
     scorer = Evaluator(base, Evaluation(generation=False))
     scorer.references(data.edits)
@@ -64,6 +71,8 @@ def run(name: str, changes: dict[str, Any], edits: int, seed: int, written: int,
         trainer.callbacks = [c for c in trainer.callbacks if type(c).__name__ not in ("Console", "Figures")]  # type: ignore[attr-defined]
         trainer.fit(getattr(editors, name)(base, **settings), datamodule=data)
         records = trainer.run.records()
+        stages = [record["stages"][-1] for record in records]
+        edited = {delta.name for delta in read_deltas(trainer.run.path)[0]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     metrics = scorer.new()
     scorer.update(metrics, data.edits)
@@ -74,8 +83,10 @@ def run(name: str, changes: dict[str, Any], edits: int, seed: int, written: int,
         texts = writer.new()
         writer.update(texts, data.edits[:written])
         found["fluency"] = texts.compute()["fluency"].mean
-    left = [value for record in records for key, value in record.items() if key.startswith("residual/")]
-    found |= {"residual": mean(left)} if left else {}
+    # Of PMET only the MLP's value is written; its attention's is dropped.
+    left = [value for stage in stages for key, value in stage.items() if re.match("residual/(?!attn)", key)]
+    found["residual"] = mean(left) if left else float("nan")
+    found["L1 drift"] = 100 * mean(weight_drift(base.pristine(name), base.weight(name))["l1"] for name in edited)
     return {**found, "s/edit": mean(record["seconds"] for record in records), "MB": peak / 1024}
 
 

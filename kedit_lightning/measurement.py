@@ -110,13 +110,16 @@ class Measurement:
         self.name = protocol
         return self.finish(self._scored, {when: self._metrics})
 
-    def finish(self, edits: int, metrics: Mapping[str, EditMetrics], rejected: int = 0) -> Record:
+    def finish(
+        self, edits: int, metrics: Mapping[str, EditMetrics], rejected: int = 0, *, stopped: bool = False
+    ) -> Record:
         """Write metrics.json, show and log it.
 
         Args:
             edits: Number of edits.
             metrics: ``pre`` and ``post``, or one of them.
             rejected: How many edits were rejected; they are measured like the others.
+            stopped: Whether a callback ended the stream before its last edit.
 
         Returns:
             The report.
@@ -127,8 +130,8 @@ class Measurement:
             names["scores"] = paper_names({name for found in summaries.values() for name in found})
             names["eac"] = eac_names()
         report: Record = {"editor": type(self.editor).__name__, "edits": edits, "protocol": names | self.protocol}
-        if rejected:
-            report["rejected"] = rejected
+        report |= {"rejected": rejected} if rejected else {}
+        report |= {"stopped": True} if stopped else {}
         for when, found in summaries.items():
             report[when] = {name: summary.as_dict() for name, summary in found.items()}
             means = {f"{when}/{name}": s.mean for name, s in found.items() if not math.isnan(s.mean)}

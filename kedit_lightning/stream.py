@@ -165,7 +165,8 @@ class EditStream:
         deltas, metadata = read_deltas(self.run.path)
         delta_files.save(self.run.path / "delta.safetensors", delta_files.merge(deltas), metadata)
         metrics = {"pre": self.pre, "post": self.post} if self.trainer.evaluate else {}
-        return self.measurement.finish(self.commits.done, metrics, len(reasons))
+        stopped = self.commits.done < len(self.edits)
+        return self.measurement.finish(self.commits.done, metrics, len(reasons), stopped=stopped)
 
 
 def _asked(edit: Edit, before: Record) -> Record:

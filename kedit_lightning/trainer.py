@@ -120,16 +120,17 @@ class EditTrainer(Studies):
             val_dataloaders: Not used.
             datamodule: The stream.
             ckpt_path: Not used; a run is resumed from its directory.
-            resume: Run directory of a stream that was interrupted, which is gone on with; the command line takes the
-                configuration from there. It ends as if it had never stopped, bit for bit. One that is finished is left
-                as it is.
+            resume: Run directory of a stream that was interrupted or stopped, which is gone on with; the command line
+                takes the configuration from there. It ends as if it had never stopped, bit for bit. One that is
+                finished is left as it is.
             resume_anyway: Resume even where settings, libraries or threads differ from those that the run was begun
                 with, which gives up bit-identity.
         """
         self._alone("fit")
         if resume is not None:
             self.turn_to(newest(Path(resume), SETTINGS))
-            if (finished := self.run.read_json("metrics.json")) is not None:
+            finished = self.run.read_json("metrics.json")
+            if finished is not None and not finished.get("stopped"):
                 self.report = finished
                 self.tell("on_stream_finished", finished)
                 return

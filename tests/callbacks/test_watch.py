@@ -6,22 +6,26 @@ import csv
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from kedit_lightning.callbacks import CollapseWatch, EditCallback, Thresholds
 from kedit_lightning.callbacks.watch import retention
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.delta import load
 from kedit_lightning.editors import Editor
 from kedit_lightning.errors import KeditError
 from kedit_lightning.metrics import Scorer
 from kedit_lightning.metrics.drift import weight_drift
 from kedit_lightning.metrics.perplexity import perplexity
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.trainer import EditTrainer
 from tests.commandline import World, done
 from tests.editors.fitting import fit, make
 from tests.families import EDITS, corpus, tiny_base
+from tests.test_trainer import measuring
 
 NONE = Thresholds(perplexity=None, retention=None)
 
@@ -202,6 +206,30 @@ def test_stop_ends_the_stream_after_the_commit(tmp_path: Path, gpt2_base: Langua
     assert (made.run.path / "delta.safetensors").is_file()
     name = "transformer.h.1.mlp.c_proj.weight"
     assert not torch.equal(gpt2_base.pristine(name), gpt2_base.weight(name)), "the model is as it was edited so far"
+
+
+def test_a_stopped_stream_can_be_resumed(tmp_path: Path, gpt2_base: LanguageModel) -> None:
+    """It ends as one that was never stopped."""
+
+    def watch(action: Literal["warn", "stop"]) -> CollapseWatch:
+        return CollapseWatch(every=2, thresholds=Thresholds(frobenius=1e-9), action=action)
+
+    def editing(made: EditTrainer, **settings: Any) -> Any:
+        gpt2_base.restore()
+        records = [edit.as_record() for edit in EDITS[:5]]
+        made.fit(make("ROME", gpt2_base), datamodule=EditDataModule(edits=records, batch_size=1), **settings)
+        return made
+
+    whole = editing(measuring(tmp_path / "whole", watch("warn")))
+    stopped = editing(measuring(tmp_path / "stopped", watch("stop")))
+    assert (stopped.report["edits"], stopped.report["stopped"]) == (2, True)
+    resumed = editing(measuring(tmp_path / "stopped", watch("warn")), resume=str(stopped.run.path))
+    assert "stopped" not in resumed.report
+    assert resumed.report["post"] == whole.report["post"]
+    lines = [[{**line, "seconds": 0} for line in one.run.records()] for one in (resumed, whole)]
+    assert lines[0] == lines[1]
+    merged = [(one.run.path / "delta.safetensors") for one in (resumed, whole)]
+    assert all(torch.equal(a.update, b.update) for a, b in zip(*(load(path)[0] for path in merged), strict=True))
 
 
 # ---------------------------------------------------------------------- as if never killed

@@ -22,6 +22,7 @@ from tests.golden.compare import QUANTITIES, split
 DATA = Path(__file__).parent / "data"
 MODEL = "gpt2-tiny"
 CASES = ("ROME", "TOP", "RETS", "MEMIT", "PMET", "AlphaEdit", "JEEP", "FT-L", "FT-U", "FT-WD")
+CASES += ("EAC-ROME", "EAC-MEMIT")
 LEFT_OUT = r"logits_pre/.*|logits_post/(paraphrase|neighborhood|relation_specificity)|P|cache_c_after_b\d+|.*/resid"
 UPDATES = r"req2|b2|"
 """Of what ΔW is kept: a request, a batch of a sequence, the batch."""
@@ -32,7 +33,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "t
 def extract(source: Path, target: Path = DATA) -> None:
     """Write the extract."""
     shutil.rmtree(target, ignore_errors=True)
-    patterns = [*QUANTITIES.values(), r"(stage\d/)?(input_ids|attention_mask|rewriting_targets|target_ids)"]
+    patterns = [*QUANTITIES.values(), r"(stage\d/)?(input_ids|attention_mask|rewriting_targets|target_ids|important)"]
     requests, layers = set(), set()
     for editor in CASES:
         case = find(source, editor, MODEL)[0]
