@@ -115,9 +115,10 @@ class Commits:
         editor, run, edits = self.editor, self.trainer.run, [batch[place] for place in places]
         with editor.base.transaction():
             deltas = self.trainer.weight_update.edit(editor, self.datamodule, edits, self.fit) if edits else []
-            seconds = round((time.time() - started) / len(batch), 3)
+            now = time.time()
+            took = {"seconds": round((now - started) / len(batch), 3), "time": round(now, 3)}
             lines: list[Record] = [
-                {"case_id": edit.case_id, "commit": None, "group": group, **line, "stages": [], "seconds": seconds}
+                {"case_id": edit.case_id, "commit": None, "group": group, **line, "stages": [], **took}
                 for edit, line in zip(batch, asked, strict=True)
             ]
             for place, reason in rejected.items():

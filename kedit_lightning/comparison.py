@@ -40,7 +40,7 @@ def compare(
         save_dir: Where runs are kept: ``SAVE_DIR/NAME/VARIANT/seed_N``, the figures in ``SAVE_DIR/NAME/FILE``.
 
     Returns:
-        The PNG and CSV files.
+        The PNG and CSV files, and the table of the last values.
 
     Raises:
         KeditError: The configuration cannot be used, or the folder holds runs of another one.

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.errors import KeditError
 from kedit_lightning.parsing import OneLineCLI
-from kedit_lightning.run import CONFIG, newest
+from kedit_lightning.run import CONFIG, SETTINGS, newest
 from kedit_lightning.usage import TRAINER_COMMANDS
 from kedit_lightning.writing import write_beside
 
@@ -28,8 +28,8 @@ class _SaveConfig(SaveConfigCallback, EditCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it."""
         config = self.config.clone()
-        if "resume" in config:  # of this call, not of the run
-            config.resume, config.resume_anyway = None, False
+        for name in ("resume", "resume_anyway"):  # of this call, not of the run; other commands do not know them
+            config.pop(name, None)
         text = self.parser.dump(config, skip_unset=False)
         write_beside(Path(trainer.log_dir or ".") / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -83,7 +83,7 @@ def _resuming(args: Sequence[str]) -> list[str]:
     for i, arg in enumerate(args):
         name, _, value = arg.partition("=")
         if name == "--resume" and (path := value or "".join(args[i + 1 : i + 2])):
-            config = newest(Path(path), CONFIG) / CONFIG
+            config = newest(Path(path), SETTINGS) / CONFIG  # the run that `EditTrainer.fit` takes
             if not config.is_file():
                 msg = f"{path}: expected a run directory with a {CONFIG}, such as lightning_logs/edits/version_0"
                 raise KeditError(msg)

@@ -29,11 +29,11 @@ def curves(runs: Mapping[str, Sequence[Path]], quantities: Mapping[str, str], fo
         quantities: By name places in a line of checkpoints.jsonl or health.jsonl, such as ``so_far.locality.mean`` or
             ``drift.*.l1``; ``*`` stands for every name there, and their mean is taken.
         folder: What is drawn goes there: for each quantity ``NAME.png`` and ``NAME.csv``, its name with ``_`` for what
-            is no letter or digit; and TensorBoard's figures and curves.
+            is no letter or digit; TensorBoard's figures and curves; and table.md, the last values of all.
         title: Of the figures.
 
     Returns:
-        The PNG and CSV files.
+        The files but for TensorBoard's.
 
     Raises:
         KeditError: A run has no such files, or a quantity is in none of them.
@@ -63,7 +63,35 @@ def curves(runs: Mapping[str, Sequence[Path]], quantities: Mapping[str, str], fo
             for row in rows:
                 writer.add_scalar(f"{name}/{row['label']}", row["mean"], row["edits"])
             files += [picture, table]
-    return files
+    ends = folder / "table.md"
+    write_beside(ends, lambda path: path.write_text(ending(tables), encoding="utf-8"))
+    return [*files, ends]
+
+
+def ending(tables: Mapping[str, Sequence[Record]]) -> str:
+    """The last values of all quantities as a Markdown table, a line a label.
+
+    Args:
+        tables: By quantity what `curve` gives.
+
+    >>> row = {"label": "ROME", "edits": 300, "runs": 3, "mean": 0.5, "ci95": 0.125}
+    >>> print(ending({"reliability": [row | {"edits": 0, "mean": 0.0}, row]}), end="")
+    | after | edits | reliability |
+    |---|---|---|
+    | ROME | 300 | 0.500 ± 0.125 |
+    """
+    last = {name: {row["label"]: row for row in rows} for name, rows in tables.items()}  # rows come by edits
+    lines = [f"| after | edits | {' | '.join(tables)} |", "|---" * (2 + len(tables)) + "|"]
+    for label in dict.fromkeys(label for rows in last.values() for label in rows):
+        there = [rows.get(label) for rows in last.values()]
+        edits = max(row["edits"] for row in there if row is not None)
+        cells = ["" if row is None else f"{row['mean']:.3f}{_interval(row)}" for row in there]
+        lines.append(f"| {label} | {edits} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(row: Record) -> str:
+    return f" ± {row['ci95']:.3f}" if row["ci95"] == row["ci95"] else ""
 
 
 def curve(lines: Mapping[str, Sequence[Sequence[Record]]], quantity: str) -> list[Record]:

@@ -48,7 +48,7 @@ class GammaSearch:
         tolerance: How far a score may fall, as a fraction.
 
     Raises:
-        KeditError: A setting is out of range.
+        KeditError: A setting is out of range, or the editor has no values to compress.
     """
 
     def __init__(
@@ -65,6 +65,9 @@ class GammaSearch:
                 "tune-gamma: expected at least one percentile, one edit and a tolerance from 0 to below 1, got "
                 f"gammas {list(gammas)}, edits {edits}, tolerance {tolerance:g}"
             )
+            raise KeditError(msg)
+        if "compress" not in editor.config:
+            msg = f"tune-gamma: {type(editor).__name__} has no setting `compress`: it optimises no value"
             raise KeditError(msg)
         self.trainer, self.editor, self.datamodule, self.tolerance = trainer, editor, datamodule, tolerance
         setting = editor.compress or Compression()

@@ -113,7 +113,7 @@ class Measurement:
     def finish(
         self, edits: int, metrics: Mapping[str, EditMetrics], rejected: int = 0, *, stopped: bool = False
     ) -> Record:
-        """Write metrics.json, show and log it.
+        """Log and show the report, then write it as metrics.json.
 
         Args:
             edits: Number of edits.
@@ -138,8 +138,8 @@ class Measurement:
             if self.trainer.logger is not None:
                 self.trainer.logger.log_metrics(means, step=edits)
         report["seconds"] = round(time.time() - self.started, 1)
-        self.run.write_json("metrics.json", report)
         self.trainer.tell("on_stream_end", self.editor, report)
+        self.run.write_json("metrics.json", report)  # last: a run that has it is finished
         return report
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import random
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from kedit_lightning.run import SETTINGS, Record, RunDirectory
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
+
+_log = logging.getLogger(__name__)
 
 LIBRARIES = ("kedit_lightning", "torch", "transformers", "tokenizers", "lightning", "torchmetrics", "numpy")
 STREAM = ("edits", "data.batch_size", "data.restore_every")
@@ -107,9 +110,11 @@ def check(run: RunDirectory, here: Record, *, anyway: bool) -> Record | None:
     if not found:
         return dict(there)
     if there["weights"] != here["weights"]:
+        others = "; ".join(line for line in found if not line.startswith("weights: "))
         msg = (
             f"{run.path}: this run is of another base model: configuration, tokenizer or edited matrices of "
-            f"{here['base']} differ from those of {there['base']}; resume it with the model that it was begun with"
+            f"{here['base']} differ from those of {there['base']}{f' ({others})' if others else ''}; resume it "
+            "with the model and the layers that it was begun with"
         )
         raise KeditError(msg)
     fixed = [line for line in found if line.split(": ")[0] in STREAM]
@@ -117,6 +122,9 @@ def check(run: RunDirectory, here: Record, *, anyway: bool) -> Record | None:
         how = "begin another run" if fixed else "put it back, or add --resume_anyway, which gives up bit-identity"
         msg = f"{run.path}: this run was begun otherwise ({'; '.join(fixed or found)}); {how}"
         raise KeditError(msg)
+    _log.warning(
+        "warning: %s: goes on otherwise than it was begun, bit-identity is lost: %s", run.path, "; ".join(found)
+    )
     changed = {"edits": len(run.lines), "differences": found}
     goes_by = {**here, "seed": there["seed"], "budget": there["budget"]}
     run.write_json(SETTINGS, {**goes_by, "resumed": [*there.get("resumed", []), changed]})

@@ -79,13 +79,18 @@ class RunDirectory:
         """Keep every other process out for as long as the context lasts; the system lifts the lock of one that dies.
 
         Raises:
-            KeditError: Another process is at work in the directory.
+            KeditError: Another process is at work in the directory, or the file system has no locks.
         """
         with (self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 msg = f"{self.path}: another process is at work on this run; wait until it has ended"
+                raise KeditError(msg) from error
+            except OSError as error:
+                msg = (
+                    f"{self.path / LOCK}: cannot be locked ({error.strerror}); keep runs on a disk that has file locks"
+                )
                 raise KeditError(msg) from error
             yield
 
@@ -195,13 +200,11 @@ class RunDirectory:
             DeltaError: This is no run directory, or a file of it is corrupt.
         """
         numbers, lines = self._numbers(), self.records()
-        group = lines[-1].get("group") if lines else None  # where all its edits are rejected, none stands
+        group = self.last_metadata()["group"]  # a killed run may have no lines of it
+        group = max(group, lines[-1].get("group", group) if lines else group)  # or rejections alone after it
         commits: list[Commit] = []
         for number in reversed(numbers):
-            metadata = delta_files.load_metadata(self._file(number))
-            if group is None:
-                group = metadata["group"]
-            if metadata["group"] != group:
+            if delta_files.load_metadata(self._file(number))["group"] != group:
                 break
             commits.append(self._load(number))
         return commits[::-1]

@@ -131,6 +131,8 @@ class EditStream:
         """The lines of an edit batch, which is edited unless it is done."""
         if lines := self._there(len(batch)):
             self.commits.again(lines)
+            if self.commits.done == len(self.lines):
+                self.trainer.tell("on_stream_caught_up", self.editor)
         else:
             before = self.before[self.commits.done : self.commits.done + len(batch)]
             lines = self.commits.edit(batch, [_asked(*pair) for pair in zip(batch, before, strict=True)], group)

@@ -38,8 +38,9 @@ def test_a_figure_a_table_and_tensorboard_for_each_quantity(tmp_path: Path, runs
     asked = {"reliability, all so far": "so_far.reliability.mean", "L1 drift": "drift.*.l1"}
     made = curves(runs, asked, tmp_path / "out", "ROME and EAC")
     names = [f"{stem}.{kind}" for stem in ("reliability_all_so_far", "L1_drift") for kind in ("png", "csv")]
-    assert [path.name for path in made] == names
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made[::2])
+    assert [path.name for path in made] == [*names, "table.md"]
+    assert made[-1].read_text().splitlines()[-1].startswith("| EAC | 20 | 0.045 | ")
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made[:-1:2])
     rows = list(csv.DictReader(made[1].open()))
     assert [(row["label"], row["edits"], row["runs"]) for row in rows] == [
         ("ROME", "10", "3"),

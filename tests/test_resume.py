@@ -42,7 +42,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "restored": {"model": {"layers": [2], "v_num_grad_steps": 3}, "data": {"stop": 5, "restore_every": 2}},
 }
 AT = [0, 1, 3, 4]
-TIMED = ("seconds",)
+TIMED = ("seconds", "time")
 
 
 def config(folder: Path, name: str) -> Path:
@@ -128,6 +128,11 @@ def content(run: Path) -> dict[str, Any]:
     return found
 
 
+def drawn(run: Path) -> set[str]:
+    """The pictures and tables of a run, without the loss curves, which are of the edits that a process has made."""
+    return {file.name for kind in ("*.png", "*.csv") for file in run.glob(kind)} - {"loss_curves.png"}
+
+
 def bits(tensor: torch.Tensor) -> bytes:
     raw: bytes = tensor.contiguous().numpy().tobytes()
     return raw
@@ -138,6 +143,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert got.keys() == wanted.keys()
     for name in wanted:
         assert got[name] == wanted[name], name
+    assert drawn(run) >= drawn(other)
     assert not [file for file in run.rglob(".*") if file.is_file()], "nothing half-written is left"
 
 
@@ -189,9 +195,20 @@ def at_work(run: Path) -> bool:
     return lock.exists() and f":{lock.stat().st_ino} " in Path("/proc/locks").read_text()
 
 
-def seconds_of_work(process: subprocess.Popen[bytes], run: Path, limit: float = math.inf) -> float:
-    """Wait until a process has worked on a run for so many seconds, or has ended; how long it worked."""
-    while process.poll() is None and not at_work(run):
+def seconds_of_work(
+    process: subprocess.Popen[bytes], run: Path, limit: float = math.inf, *, since_a_commit: bool = False
+) -> float:
+    """Wait until a process has worked on a run for so many seconds, or has ended; how long it worked.
+
+    With ``since_a_commit`` seconds are counted from its first commit, so that kills fall between edits too, which take
+    little of the time.
+    """
+
+    def commits() -> int:
+        return len(list(run.glob("deltas/*.safetensors")))
+
+    before = commits()
+    while process.poll() is None and not (at_work(run) and (commits() > before or not since_a_commit)):
         time.sleep(0.01)
     started = time.time()
     while process.poll() is None and time.time() - started < limit:
@@ -209,7 +226,8 @@ def test_killed_at_random_moments(name: str, unbroken: dict[str, Path], tmp_path
         shutil.rmtree(tmp_path / name)
         process = start(tmp_path, name)
         while True:
-            seconds_of_work(process, run, draw.uniform(0, whole))
+            between = draw.random() < 0.5
+            seconds_of_work(process, run, draw.uniform(0, whole * (0.1 if between else 1)), since_a_commit=between)
             if process.poll() is not None:
                 break
             process.kill()
@@ -247,7 +265,7 @@ def broken(finished: Path, tmp_path: Path) -> Path:
     """A run of which the fourth edit is still to be made, and the checkpoint of the third to be scored."""
     run = tmp_path / "broken" / "version_0"
     shutil.copytree(finished, run)
-    for name in ("metrics.json", "delta.safetensors", "deltas/000003.safetensors"):
+    for name in ("metrics.json", "delta.safetensors", "deltas/000003.safetensors", *drawn(run)):
         (run / name).unlink()
     for name, kept in (("edits.jsonl", 3), ("checkpoints.jsonl", 2)):
         lines = (run / name).read_text().splitlines(keepends=True)
@@ -340,15 +358,17 @@ def test_another_configuration_is_shown_and_refused(broken: Path, args: list[str
     assert {name for name in now if now[name] != before.get(name)} <= {"run.lock"}
 
 
-def test_a_run_goes_on_otherwise_if_told(broken: Path, finished: Path) -> None:
+def test_a_run_goes_on_otherwise_if_told(broken: Path, finished: Path, caplog: pytest.LogCaptureFixture) -> None:
     done("fit", "--resume", broken, "--model.v_lr", "0.25", "--resume_anyway", "true")
+    assert "bit-identity is lost: model.v_lr: 0.5 there, 0.25 here" in caplog.text
     (resumed,) = json.loads((broken / "run.json").read_text())["resumed"]
     assert resumed == {"edits": 3, "differences": ["model.v_lr: 0.5 there, 0.25 here"]}
     for i in range(4):
         ours, theirs = (run / "deltas" / f"{i:06d}.safetensors" for run in (broken, finished))
         assert (ours.read_bytes() == theirs.read_bytes()) == (i < 3)
     config = yaml.safe_load((broken / "config.yaml").read_text())
-    assert (config["model"]["init_args"]["v_lr"], config["resume"], config["resume_anyway"]) == (0.25, None, False)
+    assert config["model"]["init_args"]["v_lr"] == 0.25
+    assert not {"resume", "resume_anyway"} & config.keys(), "of the call, not of the run"
 
 
 def test_another_thread_count_or_library_is_refused(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +383,24 @@ def test_another_base_model_is_refused_even_if_told(broken: Path, tmp_path: Path
     other = save_tiny("gpt2", tmp_path / "other", seed=1)
     result = kedit("fit", "--resume", broken, "--base.name", other, "--resume_anyway", "true")
     refused(result, "this run is of another base model")
+    layers = kedit("fit", "--resume", broken, "--model.layers", "[0]", "--resume_anyway", "true")
+    refused(layers, "(model.layers: [1] there, [0] here)")
+
+
+def test_the_newest_run_of_a_folder_goes_on_whatever_else_was_done_there(broken: Path, finished: Path) -> None:
+    """Configuration and run are of the same version, although a later one has a configuration too."""
+    done(
+        "validate",
+        "--config",
+        broken / "config.yaml",
+        "--trainer.name",
+        "broken",
+        "--trainer.save_dir",
+        broken.parent.parent,
+    )
+    assert (broken.parent / "version_1" / "config.yaml").is_file()
+    done("fit", "--resume", broken.parent)
+    assert_same(broken, finished)
 
 
 def test_two_processes_do_not_share_a_run(broken: Path) -> None:

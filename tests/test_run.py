@@ -61,6 +61,27 @@ def test_standing_commits_are_those_since_the_last_restoration(tmp_path: Path, b
     assert (len(one), about["case_ids"]) == (1, [1])
 
 
+@pytest.mark.parametrize(
+    ("groups", "of_line", "standing"), [((0, 1), 0, [1]), ((0, 0), 1, [])], ids=["no lines", "rejected"]
+)
+def test_what_stands_in_a_killed_run(
+    groups: tuple[int, ...], of_line: int, standing: list[int], tmp_path: Path, base: LanguageModel
+) -> None:
+    """After a restoration a delta file whose lines are not there yet; and lines of rejected edits alone."""
+    run = write_run(tmp_path, base, [([i], group, [low_rank(base, 1, i)]) for i, group in enumerate(groups)])
+    run.lines.replace(1, [{"case_id": 1, "commit": None, "group": of_line}])
+    assert [number for number, _, _ in RunDirectory(tmp_path).standing()] == standing
+
+
+def test_a_file_system_without_locks_is_not_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(KeditError, match="cannot be locked"), RunDirectory(tmp_path).locked():
+        pass
+
+
 def test_a_group_is_completed_in_place(tmp_path: Path, base: LanguageModel) -> None:
     run = RunDirectory(tmp_path)
     for group in range(3):

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kedit_lightning.callbacks import EditCallback
-from kedit_lightning.callbacks.sequence import SequenceCurve
+from kedit_lightning.callbacks.sequence import SequenceCurve, curve
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
@@ -93,6 +93,13 @@ def test_checkpoints_score_all_facts_so_far_and_the_latest(tmp_path: Path) -> No
     assert (rows[0]["latest/locality"], rows[0]["so_far/locality"]) == ("", "1.0")
     assert (made.run.path / "curve.png").stat().st_size > 10_000
     assert made.report["protocol"]["eac"]["reliability"] == "efficacy_accuracy"
+
+
+def test_a_score_that_no_edit_of_a_checkpoint_has_is_not_drawn() -> None:
+    found, none = {"mean": 1.0, "n": 2}, {"n": 0, "skipped": 1}
+    lines = [{"edits": n, "so_far": {"r_specificity": found}, "latest": {"r_specificity": none}} for n in (1, 2)]
+    (line,) = curve("ROME", lines).axes[1].lines
+    assert list(line.get_xdata()) == [1, 2], "of all facts so far; there is no latest"
 
 
 def test_a_checkpoint_at_the_end_says_what_the_end_says(tmp_path: Path) -> None:

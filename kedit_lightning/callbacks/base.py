@@ -29,6 +29,12 @@ class EditCallback(Callback):
         The weights are still the unedited ones. What the other hooks tell of an edit batch is not told again.
         """
 
+    def on_stream_caught_up(self, trainer: Trainer, editor: Editor) -> None:
+        """The edits of a run that is gone on with are in the weights again, as after its last `on_edits_committed`.
+
+        Not told where the weights have been restored since then.
+        """
+
     def on_evaluation_start(self, trainer: Trainer, title: str, total: int) -> None:
         """Before ``total`` prompts are scored."""
 
@@ -60,7 +66,7 @@ class EditCallback(Callback):
         """The edits since the last restoration are scored; ``records`` are their whole lines of edits.jsonl."""
 
     def on_stream_end(self, trainer: Trainer, editor: Editor, report: Record) -> None:
-        """Everything is written; ``report`` is metrics.json."""
+        """The stream is over; ``report`` is what metrics.json, written last, will hold."""
 
     def on_stream_finished(self, trainer: Trainer, report: Record) -> None:
         """A run that was to be resumed is finished; ``report`` is its metrics.json."""

@@ -80,7 +80,7 @@ def curve(title: str, records: Sequence[Record]) -> Figure:
 
 
 def _points(records: Sequence[Mapping[str, Record]], part: str, name: str) -> list[Record]:
-    found = [(record["edits"], record[part][name]) for record in records if name in record[part]]
+    found = [(record["edits"], record[part][name]) for record in records if "mean" in record[part].get(name, {})]
     return [
         {"edits": edits, "mean": 100 * score["mean"], "ci95": 100 * score.get("ci95", math.nan)}
         for edits, score in found

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, cast
 
-import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
@@ -102,12 +101,6 @@ def retention(base: LanguageModel, facts: Mapping[str, str]) -> float:
     return float((scores.n_correct == scores.n_tok).double().mean())
 
 
-def moved(editor: Editor) -> bool:
-    """Whether any matrix differs from the unedited one."""
-    base = editor.base
-    return any(not torch.equal(base.pristine(name), base.weight(name)) for name in editor.names())
-
-
 def _plain(drift: Mapping[str, Tensor]) -> dict[str, float]:
     return {measure: float(value) for measure, value in drift.items()}
 
@@ -168,8 +161,12 @@ class CollapseWatch(EditCallback):
         """Begin anew."""
         self._state = None
 
+    def on_stream_caught_up(self, trainer: Trainer, editor: Editor) -> None:
+        """Take up what the run directory holds, and make the check that it lacks."""
+        self._take_up(cast("EditTrainer", trainer), editor)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the first pass: take up what the run directory holds, and make the check that it lacks."""
+        """Before the first pass of a stream that nothing was taken up of: the check of the unedited model."""
         if self._state is None:
             self._take_up(cast("EditTrainer", trainer), cast("Editor", pl_module))
 
@@ -187,9 +184,6 @@ class CollapseWatch(EditCallback):
 
     def on_stream_end(self, trainer: Trainer, editor: Editor, report: Record) -> None:
         """Draw."""
-        run = cast("EditTrainer", trainer).run
-        if self._state is None and len(run.health):  # resumed when all edits had been made
-            self._take_up(cast("EditTrainer", trainer), editor)
         if trainer.is_global_zero and self._state is not None:
             keep_health(trainer, f"{type(editor).__name__}: health over {self._state.done} edits", self._state.history)
 
@@ -204,8 +198,7 @@ class CollapseWatch(EditCallback):
             state.add(records[:checked], self.sample)
             records, state.norms, state.checked = records[checked:], {}, state.committed
         state.add(records, self.sample)
-        restored = bool(state.sample) and not moved(editor)  # what the check was to be of is no longer there
-        if self._due(state) and not restored:
+        if self._due(state):
             self._check(trainer, editor, state)
 
     def _due(self, state: _State) -> bool:

@@ -49,7 +49,8 @@ class Editor(ClosedForm):
         forward: ``suffix`` runs only the layers and tokens that δ can change; ``full`` the whole model, for comparison.
         max_tokens: Tokens optimised together, padding included; null: what fits into the GPU's free memory, 2048 on a
             CPU. Where memory runs out, half as many are tried. An edit's rows always stay together.
-        compress: EAC: values are optimised twice, the second time on their most important coordinates alone.
+        compress: EAC: values are optimised twice, the second time on their most important coordinates alone; its own
+            numbers of steps take the place of ``v_num_grad_steps``.
         unconverged: What becomes of an edit whose stages ran out of steps before their stopping rule ended them.
         preset: ``paper``, or ``released`` to follow the authors' code where it differs.
 

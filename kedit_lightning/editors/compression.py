@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from random import Random
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -34,18 +35,19 @@ class Compression:
     Args:
         gamma: γ, the percentile of the scores below which coordinates are dropped: ``max(1, ⌊d (100 − γ)/100⌋)`` of d
             are kept. A mapping gives each δ its own, by its name in the curves (``low``, ``high``; ``mlp``, ``attn``).
-        v_num_grad_steps1: Updates of stage A. With 0 there is none, and nothing to choose anchors by: γ must be 0 or
-            ``select`` random.
+        v_num_grad_steps1: Updates of stage A. With 0 there is none, and no score: γ must be 0 or ``select`` random, and
+            ``elastic_l1`` 0.
         v_num_grad_steps2: Updates of stage B.
         select: What anchors are chosen by: the score, the gradient's or δ's magnitude alone, or chance.
         elastic_l1: λ of the scored elastic net, ``λ Σᵢ |δᵢ| / (scoreᵢ + 1e-6)`` over the anchors.
         elastic_l2: What its second term is: ``weight_decay``, the editor's own ``‖δ‖/‖v₀‖²``; or ``squared``, ``‖δ‖²``.
         mu: μ, the factor of ``elastic_l2``; null: each δ's ``v_weight_decay``.
         start: Where stage B starts from: δ of stage A on the anchors, or zeros.
-        kl_reference: What stage B's KL refers to: the model without δ, or with δ as stage B starts (released for ROME).
+        kl_reference: What stage B's KL, if it has one, refers to: the model without δ, or with δ as stage B starts
+            (released for ROME).
         preset: ``paper_literal`` reads the equations to the letter: the score is ``|v* ⊙ ∇L|`` with the mean gradient,
             v* is zero off the anchors, and the elastic net is taken of v*, with ``‖v*‖²``.
-        seed: Of ``select: random``, together with the edit's case id.
+        seed: Of ``select: random``, together with the edit's case id and the site.
 
     Raises:
         KeditError: A setting is out of range or contradicts another.
@@ -74,6 +76,9 @@ class Compression:
         if not self.v_num_grad_steps1 and self.select != "random" and any(gammas.values()):
             msg = "compress: without a stage A (v_num_grad_steps1: 0) anchors need gamma: 0 (all) or select: random"
             raise KeditError(msg)
+        if not self.v_num_grad_steps1 and self.elastic_l1:
+            msg = "compress: without a stage A (v_num_grad_steps1: 0) there are no scores: set elastic_l1 to 0"
+            raise KeditError(msg)
 
     def kept(self, delta: ValueDelta) -> int:
         """How many coordinates of a δ are anchors.
@@ -87,7 +92,7 @@ class Compression:
                 msg = f"compress.gamma: expected a percentile for {delta.label}, got one for {', '.join(gamma)} only"
                 raise KeditError(msg)
             gamma = gamma[delta.label]
-        return max(1, int(d * (100 - gamma) / 100))
+        return max(1, int(round(d * (100 - gamma) / 100, 6)))  # 1000 · (100 - 97.7)/100 is just below 23
 
 
 class Anchors:
@@ -114,7 +119,7 @@ class Anchors:
         literal = setting.preset == "paper_literal"
         self.score = (gradient * (origin + delta if literal else delta)).abs()
         chosen_by = {"score": self.score, "gradient": gradient.abs(), "magnitude": delta.abs()}
-        by = _chance(setting.seed, case_ids, delta) if setting.select == "random" else chosen_by[setting.select]
+        by = _chance(setting.seed, case_ids, self.delta) if setting.select == "random" else chosen_by[setting.select]
         self.mask = largest(by, setting.kept(self.delta))
         start = delta if setting.start == "anchors" else torch.zeros_like(delta)
         self.start = torch.where(self.mask, start, -origin if literal else torch.zeros_like(delta))
@@ -162,6 +167,8 @@ def compressed(editor: Editor, stages: Iterable[Stage], setting: Compression) ->
         if not stage.compressible:
             yield stage
             continue
+        for delta in stage.deltas:
+            setting.kept(delta)  # refused now rather than after stage A
         anchors = [Anchors(delta) for delta in stage.deltas]
         line = torch.zeros(len(editor.edits), dtype=torch.long)
         line[editor.part.index] = torch.arange(len(editor.part))
@@ -221,7 +228,9 @@ class _Twice:
             self.editor.kl_reference = {}
 
 
-def _chance(seed: int, case_ids: Iterable[int], like: Tensor) -> Tensor:
-    """Random numbers of δ's shape, an edit's the same in whatever batch it comes."""
-    lines = [torch.rand(like.shape[1], generator=torch.Generator().manual_seed(1_000_003 * seed + i)) for i in case_ids]
-    return torch.stack(lines).to(like.device)
+def _chance(seed: int, case_ids: Iterable[int], like: ValueDelta) -> Tensor:
+    """Random numbers of δ's shape, an edit's the same in whatever batch it comes, and others at every site."""
+    site, d = like.site, like.delta.shape[1]
+    streams = [Random(f"{seed}/{i}/{site.layer}/{site.part}").getrandbits(63) for i in case_ids]
+    lines = [torch.rand(d, generator=torch.Generator().manual_seed(stream)) for stream in streams]
+    return torch.stack(lines).to(like.delta.device)

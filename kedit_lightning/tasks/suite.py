@@ -24,6 +24,9 @@ Score = dict[str, Any]
 CHUNK = 64
 """Items after which the display moves on."""
 
+READ = 2048
+"""Tokens of a batch at most where the logits of all are needed."""
+
 RESERVED = 10
 """First records that examples are taken from, as AlphaEdit has it."""
 
@@ -41,7 +44,7 @@ class Tasks:
             mean NLL (open answers are then read strictly); ``legacy``: as the papers' scripts, broken where they are.
         few_shot: Examples before each item, at most 10, as far as the model's context has room.
         sources: By task, a file or a data set instead of its own; see `tasks.sources.records`.
-        max_tokens: Budget of a batch in tokens.
+        max_tokens: Budget of a batch in tokens; perplexity, which needs logits at every token, takes at most 2048.
 
     Raises:
         KeditError: A number is out of range, or a source is given for a task that is not asked.
@@ -97,7 +100,7 @@ class Tasks:
 
                 advance(0)
                 if name == PERPLEXITY:
-                    value = perplexity(base, texts, progress=advance)
+                    value = perplexity(base, texts, min(self.max_tokens, READ), progress=advance)
                     found[name] = self._score(name, value, "perplexity", len(texts), len(self._texts), {})
                     done += len(texts)
                     continue

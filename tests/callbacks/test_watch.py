@@ -226,7 +226,7 @@ def test_a_stopped_stream_can_be_resumed(tmp_path: Path, gpt2_base: LanguageMode
     resumed = editing(measuring(tmp_path / "stopped", watch("warn")), resume=str(stopped.run.path))
     assert "stopped" not in resumed.report
     assert resumed.report["post"] == whole.report["post"]
-    lines = [[{**line, "seconds": 0} for line in one.run.records()] for one in (resumed, whole)]
+    lines = [[{**line, "seconds": 0, "time": 0} for line in one.run.records()] for one in (resumed, whole)]
     assert lines[0] == lines[1]
     merged = [(one.run.path / "delta.safetensors") for one in (resumed, whole)]
     assert all(torch.equal(a.update, b.update) for a, b in zip(*(load(path)[0] for path in merged), strict=True))
@@ -271,6 +271,35 @@ def test_it_goes_on_as_if_never_interrupted(
     assert broken.run.health.records() == whole.run.health.records()
     assert [line["edits"] for line in broken.run.health.records()] == [0, 2, 4, 6]
     assert sum("frobenius" in record.getMessage() for record in caplog.records) == 1, "said before the kill"
+
+
+@pytest.mark.parametrize(("action", "restore_every"), [("warn", 2), ("stop", None)])
+def test_a_check_that_a_kill_prevented_is_made_before_anything_else(
+    tmp_path: Path, action: Literal["warn", "stop"], restore_every: int | None
+) -> None:
+    """Where the weights are restored next, and where the stream is to end with it."""
+
+    class Killed(CollapseWatch):
+        def on_edits_committed(self, trainer: Any, editor: Editor, records: Any) -> None:
+            if len(trainer.run.records()) == 2:
+                raise RuntimeError
+            super().on_edits_committed(trainer, editor, records)
+
+    def editing(name: str, kind: type[CollapseWatch], **settings: Any) -> EditTrainer:
+        watch = kind(every=2, thresholds=Thresholds(frobenius=1e-9), action=action)
+        made = measuring(tmp_path / name, watch)
+        module = EditDataModule(edits=[edit.as_record() for edit in EDITS[:4]], restore_every=restore_every)
+        made.fit(make("ROME", tiny_base("gpt2")), datamodule=module, **settings)
+        return made
+
+    whole = editing("whole", CollapseWatch)
+    with pytest.raises(RuntimeError):
+        editing("killed", Killed)
+    resumed = editing(
+        "killed", CollapseWatch, resume=str(tmp_path / "killed" / whole.run.path.relative_to(tmp_path / "whole"))
+    )
+    assert resumed.run.health.records() == whole.run.health.records()
+    assert resumed.report["edits"] == whole.report["edits"] == (2 if action == "stop" else 4)
 
 
 # ---------------------------------------------------------------------- the command line

@@ -14,7 +14,7 @@ from kedit_lightning.editors import Editor, Loss, Stage
 from kedit_lightning.editors.compression import Compression, largest
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
-from tests.editors.fitting import Kept, bits, fit, relative, same
+from tests.editors.fitting import Kept, bits, end_at, fit, relative, same
 from tests.editors.test_mass import BATCH, WAYS, agree_on_values, of, quick
 from tests.families import WIDTH, default_tokenizer, tiny_base, tiny_model, tokenizer
 
@@ -76,16 +76,31 @@ def test_without_compression_in_it_it_is_its_base_editor(way: str, tmp_path: Pat
 
 @pytest.mark.parametrize("way", quick(("ROME", "JEEP"), COMPRESSED))
 def test_a_batch_equals_one_by_one(way: str, tmp_path: Path) -> None:
-    """Also where edits end early, so that those which go on are fewer, and with little memory."""
-    base = tiny_base("gpt2")
-    together, all_at_once = fitted(way, base, tmp_path / "all", compress=eac())
-    base.restore()
-    parted, in_parts = fitted(way, base, tmp_path / "parts", compress=eac(), max_tokens=60)
-    assert len(parted.parts) > 1
-    agree_on_values(in_parts, all_at_once)
+    """Half of the edits end early, so that the others go on alone; also with little memory, and where it runs out."""
+    ends = dict(zip((edit.case_id for edit in BATCH), (3, 4, 3, 4), strict=True))
+
+    def ended(folder: str, edits: Any = BATCH, out_at: int = 0, **settings: Any) -> tuple[Editor, Kept]:
+        editor, kept = of(way, tiny_base("gpt2"), compress=eac(kl_reference="start"), **settings), Kept()
+        end_at(editor, ends)
+        step, calls = editor._step, iter(range(1, 1000))
+
+        def limited(stage: Stage) -> None:
+            if next(calls) == out_at:
+                raise torch.OutOfMemoryError
+            step(stage)
+
+        editor._step = limited  # type: ignore[method-assign]
+        fit(editor, edits, tmp_path / folder, kept, batch_size=len(edits))
+        return editor, kept
+
+    together, all_at_once = ended("all")
+    assert all(outcome.steps.tolist() == [3, 4, 3, 4] for outcome in together.outcomes)
+    for folder, settings in (("parts", {"max_tokens": 60}), ("out of memory in stage B", {"out_at": 6})):
+        parted, in_parts = ended(folder, **settings)  # type: ignore[arg-type]
+        assert len(parted.parts) > 1
+        agree_on_values(in_parts, all_at_once)
     for i, edit in enumerate(BATCH):
-        base.restore()
-        alone, single = fitted(way, base, tmp_path / str(i), [edit], compress=eac())
+        alone, single = ended(str(i), [edit])
         if len(together.passes()) > 1:
             continue  # the second pass reads a model that was edited with the whole batch
         for (delta, _), (wanted, _) in zip(all_at_once.commits[0], single.commits[0], strict=True):
@@ -165,7 +180,8 @@ def test_largest_keeps_as_many_as_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("d", "gamma", "kept"), [(1600, 80, 320), (1600, 85, 240), (4096, 95, 204), (48, 80, 9), (4, 99, 1)]
+    ("d", "gamma", "kept"),
+    [(1600, 80, 320), (1600, 85, 240), (4096, 95, 204), (48, 80, 9), (4, 99, 1), (1000, 97.7, 23)],
 )
 def test_how_many_are_kept(d: int, gamma: float, kept: int, gpt2_base: LanguageModel) -> None:
     class Delta:
@@ -194,6 +210,10 @@ def test_selectors_choose_differently_and_chance_the_same_again(gpt2_base: Langu
     assert torch.equal(alone[0], found["random"][2])
     again = anchors_of(gpt2_base, tmp_path / "seed", select="random", seed=1)
     assert not torch.equal(again, found["random"])
+    gpt2_base.restore()
+    both, _ = fitted("PMET", gpt2_base, tmp_path / "both", compress=eac(select="random"))
+    masks = [delta.anchors for delta in both.deltas]
+    assert not torch.equal(*masks)  # type: ignore[arg-type]
 
 
 def test_every_delta_has_its_own_gamma(gpt2_base: LanguageModel, tmp_path: Path) -> None:
@@ -288,6 +308,7 @@ def test_edits_that_end_in_stage_a_go_through_stage_b_too(gpt2_base: LanguageMod
         ({"elastic_l1": -1e-7}, r"elastic_l1"),
         ({"mu": -1}, r"mu"),
         ({"v_num_grad_steps1": 0}, r"without a stage A"),
+        ({"v_num_grad_steps1": 0, "gamma": 0}, r"there are no scores: set elastic_l1 to 0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:

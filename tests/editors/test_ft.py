@@ -15,16 +15,18 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from kedit_lightning import delta as delta_files
+from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import FT, ElasticNet
 from kedit_lightning.editors.tuned import TunedWeight
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import DeltaError, KeditError, RejectedError
 from kedit_lightning.export import write_lora, write_model
+from kedit_lightning.gamma import GammaSearch
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.fingerprint import fingerprint, fingerprint_below
 from kedit_lightning.run import RunDirectory
-from tests.editors.fitting import bits, fit, same
+from tests.editors.fitting import bits, fit, same, trainer
 from tests.families import EDITS, build, default_tokenizer, tiny_base, tiny_model, tokenizer
 from tests.updates import metadata
 
@@ -369,6 +371,12 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], complaint: str) -> 
         FT(tiny_base("gpt2"), **({"layers": [1]} | settings))
     assert str(error.value).startswith(complaint)
     assert "\n" not in str(error.value)
+
+
+def test_it_has_no_values_to_compress(tmp_path: Path) -> None:
+    data = EditDataModule(edits=[edit.as_record() for edit in BATCH])
+    with pytest.raises(KeditError, match="tune-gamma: FT has no setting `compress`"):
+        GammaSearch(trainer(tmp_path), FT(tiny_base("gpt2"), [1]), data, [50.0], 1, 0.05)
 
 
 def test_bad_elastic_nets_are_one_line() -> None:
