@@ -90,10 +90,13 @@ class Commits:
                     found = self._attempt(batch, places, lines, rejected, group, started)
                 break
             except RejectedError as error:
-                if self.trainer.on_rejected == "stop" or not error.reasons:
+                if not error.reasons:
                     raise
                 rejected |= {places[i]: reason for i, reason in error.reasons.items()}
                 self.editor.evaluations = evaluations
+                if self.trainer.on_rejected == "stop":
+                    self._give_up(batch, lines, rejected, group, started)
+                    raise
         if rejected:
             self.trainer.tell("on_edits_rejected", self.editor, [found[place] for place in sorted(rejected)])
         if places:
@@ -101,6 +104,15 @@ class Commits:
             self.trainer.tell("on_edits_committed", self.editor, [found[place] for place in places])
         self.done += len(batch)
         return found
+
+    def _give_up(
+        self, batch: Sequence[Edit], lines: Sequence[Record], rejected: Mapping[int, str], group: int, started: float
+    ) -> None:
+        """Record a batch of which nothing is written, because the stream is to stop at a rejection."""
+        why = f"in one batch with case {batch[min(rejected)].case_id}, which was rejected"
+        all_of_it = {place: rejected.get(place, why) for place in range(len(batch))}
+        found = self._attempt(batch, [], lines, all_of_it, group, started)
+        self.trainer.tell("on_edits_rejected", self.editor, found)
 
     def _attempt(
         self,

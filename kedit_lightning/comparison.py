@@ -12,11 +12,16 @@ from rich import get_console
 
 from kedit_lightning.curves import curves
 from kedit_lightning.errors import KeditError
+from kedit_lightning.messages import settings_of, wrong_file
 from kedit_lightning.run import COMMITS, newest
 from kedit_lightning.writing import write_beside
 
 BLOCKS = ("base", "model", "data", "trainer")
 """What a run of `kedit fit` is configured by."""
+
+
+DEEPEST = 8
+"""Files that extend each other."""
 
 
 def compare(
@@ -49,7 +54,9 @@ def compare(
 
     experiment = read(config)
     chosen = experiment["variants"] if variants is None else {one: _variant(experiment, one) for one in variants}
-    chosen_seeds = experiment["seeds"] if seeds is None else seeds
+    if not (chosen_seeds := experiment["seeds"] if seeds is None else seeds):
+        msg = "seeds: expected at least one, got none"
+        raise KeditError(msg)
     folder = Path(save_dir) / experiment["name"]
     todo = [(name, seed) for seed in chosen_seeds for name in chosen]
     for number, (name, seed) in enumerate(todo, 1):
@@ -66,19 +73,24 @@ def compare(
     return files
 
 
-def read(config: Path) -> dict[str, Any]:
+def read(config: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """An experiment's configuration, checked.
+
+    Args:
+        config: The file.
+        above: The files that extend it.
 
     Raises:
         KeditError: It cannot be read, or a block is missing, unknown or of another kind.
     """
-    from kedit_lightning.messages import wrong_file
-
     if why := wrong_file(config):
         raise KeditError(why)
     experiment: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
     if (other := experiment.pop("extends", None)) is not None:
-        experiment = _extended(read(config.parent / str(other)), experiment)
+        if len(above) == DEEPEST:
+            msg = f"{config}: expected files that extend each other in a chain, got {' → '.join(map(str, above))}"
+            raise KeditError(msg)
+        experiment = _extended(read(config.parent / str(other), (*above, config.name)), experiment)
     kinds: dict[str, type] = {"name": str, "title": str, "seeds": list, "quantities": dict, "variants": dict}
     kinds |= dict.fromkeys(BLOCKS, dict)
     if unknown := sorted(set(experiment) - set(kinds)):
@@ -116,7 +128,6 @@ def fit_configuration(experiment: Mapping[str, Any], variant: str, seed: int, fo
     """
     from kedit_lightning import editors
     from kedit_lightning.data.datasets import LOADERS
-    from kedit_lightning.messages import settings_of
 
     common = {block: experiment[block] for block in BLOCKS}
     merged: dict[str, Any] = _merged(common, _variant(experiment, variant))
@@ -164,10 +175,32 @@ def _configuration(place: Path, wanted: Mapping[str, Any]) -> Path:
     """
     file, text = place / "fit.yaml", yaml.safe_dump(dict(wanted), sort_keys=False, allow_unicode=True)
     if file.is_file():
-        if yaml.safe_load(file.read_text(encoding="utf-8")) != yaml.safe_load(text):
-            msg = f"{place} holds a run of another configuration ({file}): move it away, or give another --save_dir"
+        if why := wrong_file(file):
+            raise KeditError(why)
+        there, here = (flat(yaml.safe_load(one)) for one in (file.read_text(encoding="utf-8"), text))
+        differs = [key for key in {**there, **here} if there.get(key) != here.get(key) and key != "trainer.save_dir"]
+        if differs:
+            key = differs[0]
+            msg = (
+                f"{place} holds a run of another configuration ({key}: {there.get(key)} there, {here.get(key)} here): "
+                "move it away, or give another --save_dir"
+            )
             raise KeditError(msg)
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     write_beside(file, lambda path: path.write_text(text, encoding="utf-8"))
     return file
+
+
+def flat(tree: Any, above: str = "") -> dict[str, Any]:  # noqa: ANN401 - YAML
+    """The leaves of a tree by their dotted keys.
+
+    >>> flat({"model": {"layers": [1]}, "data": None})
+    {'model.layers': [1], 'data': None}
+    """
+    if not isinstance(tree, Mapping) or not tree:
+        return {above: tree}
+    found: dict[str, Any] = {}
+    for name, inner in tree.items():
+        found |= flat(inner, f"{above}.{name}".lstrip("."))
+    return found

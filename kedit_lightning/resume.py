@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
 from kedit_lightning.errors import KeditError
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 LIBRARIES = ("kedit_lightning", "torch", "transformers", "tokenizers", "lightning", "torchmetrics", "numpy")
 STREAM = ("edits", "data.batch_size", "data.restore_every")
 """Settings without which what is done and what is to come do not fit together."""
+HASHES = ("edits", "weights", "moments")
+"""What is kept as a hash, which says nothing to a reader."""
 UNCOMPARED = ("base", "seed", "budget", "resumed")
 """What is kept beside the settings; a base model may lie elsewhere as long as its weights are the same."""
 
@@ -48,6 +51,7 @@ def settings(editor: Editor, datamodule: EditDataModule, measurement: Measuremen
         "model": editor.config,
         "data": datamodule.protocol,
         "evaluation": measurement.evaluator.protocol,
+        **{_known_as(one): one.protocol for one in trainer.callbacks if isinstance(one, EditCallback)},  # type: ignore[attr-defined]
     }
     found = {
         "editor": type(editor).__name__,
@@ -55,13 +59,17 @@ def settings(editor: Editor, datamodule: EditDataModule, measurement: Measuremen
         "dtype": base.dtype,
         "evaluate": trainer.evaluate,
         "evaluate_at": trainer.evaluate_at,
-        "on_rejected": trainer.on_rejected,
         "edits": hashlib.sha256(repr(datamodule.edits).encode()).hexdigest(),
         "weights": fingerprint(base, editor.names()),
         **{f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()},
     }
     plain: Record = json.loads(json.dumps(found))
     return plain
+
+
+def _known_as(callback: EditCallback) -> str:
+    """The class whose protocol a callback has."""
+    return next(kind.__name__ for kind in type(callback).__mro__ if "protocol" in vars(kind))
 
 
 def environment(trainer: EditTrainer) -> Record:
@@ -72,7 +80,7 @@ def environment(trainer: EditTrainer) -> Record:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{device.type} {platform.machine()}",
+        else f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "world_size": trainer.world_size,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -83,7 +91,7 @@ def environment(trainer: EditTrainer) -> Record:
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """In words what differs between two descriptions."""
     return [
-        f"{key}: {there.get(key)} there, {here.get(key)} here"
+        f"{key}: {there.get(key)} there, {here.get(key)} here" if key not in HASHES else f"{key}: others than there"
         for key in {**there, **here}
         if key not in UNCOMPARED and there.get(key) != here.get(key)
     ]

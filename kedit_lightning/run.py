@@ -108,11 +108,11 @@ class RunDirectory:
             KeditError: The disk is full.
         """
         file = self._file(number)
-        delta_files.save(file, deltas, metadata, memory)
         try:
+            delta_files.save(file, deltas, metadata, memory)
             self.lines.append(records)
         except BaseException:  # an interrupt too: the trainer rolls the weights back, so the commit goes as well
-            file.unlink()
+            file.unlink(missing_ok=True)
             raise
 
     def recover(self, sizes: Sequence[int]) -> list[Record]:
@@ -140,6 +140,8 @@ class RunDirectory:
         left = (file for folder in (self.path, self.path / "deltas") for file in folder.glob(BESIDE))
         for file in {*self.path.glob(COMMITS), *left} - kept:
             file.unlink()
+        for name in ("metrics.json", "delta.safetensors"):  # of a stream that was stopped
+            (self.path / name).unlink(missing_ok=True)
         return lines[:done]
 
     def _durable(self, number: int) -> bool:

@@ -30,11 +30,22 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
+        _flush_names(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
         with suppress(OSError):  # a place below a file
             beside.unlink()
+
+
+def _flush_names(folder: Path) -> None:
+    """Let the disk know what a folder holds, where it can be told."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -123,6 +123,10 @@ def test_an_unknown_variant_and_a_missing_file(world: World, tmp_path: Path) -> 
     missing = kedit("compare", "--config", tmp_path / "none.yaml")
     assert missing.status == 1
     assert "no configuration file can be read there" in missing.err
+    empty = kedit("compare", "--config", file, "--seeds=[]", "--save_dir", tmp_path)
+    assert (empty.status, "seeds: expected at least one" in empty.err) == (1, True)
+    circle = write(tmp_path / "circle.yaml", {"extends": "circle.yaml"})
+    assert "expected files that extend each other in a chain" in kedit("compare", "--config", circle).err
     lost = write(tmp_path / "lost.yaml", {"extends": "none.yaml"})
     assert "none.yaml: no configuration file" in kedit("compare", "--config", lost).err
 

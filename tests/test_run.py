@@ -154,8 +154,9 @@ def test_a_full_disk_does_not_lose_lines_that_were_there(tmp_path: Path, base: L
     assert run.records() == lines(run) == [{"case_id": 0, "text": "Åsa"}]
 
 
-def test_an_interrupt_while_lines_are_written_undoes_the_commit(
-    tmp_path: Path, base: LanguageModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_interrupt_while_a_commit_is_written_undoes_it(
+    tmp_path: Path, base: LanguageModel, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     run = RunDirectory(tmp_path)
     commit(run, base, 0)
@@ -165,7 +166,7 @@ def test_an_interrupt_while_lines_are_written_undoes_the_commit(
 
     def interrupted(file: int) -> None:
         calls.append(file)
-        if len(calls) == 2:  # the delta file's, then that of the lines
+        if len(calls) == at:  # the delta file's, then that of its name in the folder, then that of the lines
             raise KeyboardInterrupt
         fsync(file)
 

@@ -237,7 +237,10 @@ def test_a_stream_stops_at_a_rejection_if_asked(tmp_path: Path) -> None:
     made = trainer(tmp_path, on_rejected="stop")
     with pytest.raises(RejectedError, match="is not finite"):
         made.fit(editor, datamodule=data())
-    assert [line["case_id"] for line in made.run.records()] == [edit.case_id for edit in FIVE[:2]]
+    lines = made.run.records()
+    assert [line["case_id"] for line in lines] == [edit.case_id for edit in FIVE[:3]]
+    assert "is not finite" in lines[2]["rejected"], "recorded with its reason"
+    assert lines[2]["commit"] is None
     after = bits(base)
     base.restore()
     for _, deltas, _ in made.run.standing():

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 class EditCallback(Callback):
     """A Lightning callback that also hears of the edit stream. All hooks do nothing by default."""
 
+    @property
+    def protocol(self) -> Record:
+        """What the files of a run depend on, as plain data: a run is resumed with the same, or says what differs."""
+        return {}
+
     def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
         """Before anything is measured or edited; the run directory is this process's from then on."""
 

@@ -65,7 +65,10 @@ class Curves:
 
 
 class Figures(EditCallback):
-    """At the end of the stream ``before_after.png`` and ``loss_curves.png`` in the run directory and in TensorBoard."""
+    """At the end of the stream ``before_after.png`` and ``loss_curves.png`` in the run directory and in TensorBoard.
+
+    The loss curves are those of the edits that this process has made; of a resumed run TensorBoard has them all.
+    """
 
     def __init__(self) -> None:
         self.curves: dict[tuple[int, str], Curves] = {}

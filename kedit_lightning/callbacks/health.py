@@ -41,6 +41,8 @@ def keep_health(trainer: Trainer, title: str, history: Sequence[Record]) -> None
     """
     from matplotlib import rc_context
 
+    if not history:
+        return
     rows = [{"edits": check["edits"], **flat(check)} for check in history]
     columns = list(dict.fromkeys(name for row in reversed(rows) for name in row))
     path = trainer.run.path / "health.csv"  # type: ignore[attr-defined] # EditTrainer, which imports this module

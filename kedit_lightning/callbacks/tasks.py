@@ -30,6 +30,13 @@ class TaskCurves(EditCallback):
         self.tasks = tasks or Tasks()
         self._first: dict[str, float | None] | None = None
 
+    @property
+    def protocol(self) -> Record:
+        """The tasks and how they are read."""
+        tasks = self.tasks
+        read = {"items": tasks.items, "scorer": tasks.scorer, "few_shot": tasks.few_shot}
+        return {"names": list(tasks.names), "sources": dict(tasks.sources), **read}
+
     def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
         """Begin a curve of its own."""
         self._first = None

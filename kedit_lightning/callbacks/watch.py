@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -156,6 +156,12 @@ class CollapseWatch(EditCallback):
         self.every, self.thresholds, self.action, self.sample = every, thresholds or Thresholds(), action, sample
         self.texts, self.n_texts = texts, n_texts
         self._state: _State | None = None
+
+    @property
+    def protocol(self) -> Record:
+        """All settings but ``action``, so that a stream that was stopped can go on with a warning."""
+        given = {"texts": self.texts, "n_texts": self.n_texts, "sample": self.sample}
+        return {"every": self.every, "thresholds": asdict(self.thresholds), **given}
 
     def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
         """Begin anew."""
