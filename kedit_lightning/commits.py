@@ -12,6 +12,7 @@ from torch import Tensor
 from kedit_lightning import delta as delta_files
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
+from kedit_lightning.editors.stages import latest
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import RejectedError
 from kedit_lightning.resume import random_stream
@@ -155,10 +156,15 @@ class Commits:
         self.editor.remember({name: tensor.to(self.editor.base.device) for name, tensor in memory.items()})
 
     def _stages(self, i: int) -> list[Record]:
-        layers = self.editor.passes()
+        layers, outcomes = self.editor.passes(), self.editor.outcomes
+        standing = {id(outcome) for outcome in latest(outcomes)}
         return [
-            {"stage": outcome.stage, "layer": layers[outcome.pass_], **outcome.final(i)}
-            for outcome in self.editor.outcomes
+            {
+                "stage": outcome.stage,
+                "layer": layers[outcome.pass_],
+                **outcome.final(i, value=id(outcome) in standing),
+            }
+            for outcome in outcomes
         ]
 
     def _metadata(self, edits: Sequence[Edit], group: int, norms: Mapping[str, float]) -> Record:

@@ -17,7 +17,7 @@ from kedit_lightning.callbacks.figures import STYLE, blank, headline, keep
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
 from kedit_lightning.editors.compression import Compression
-from kedit_lightning.errors import KeditError
+from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import eac_names
@@ -105,7 +105,10 @@ class GammaSearch:
         editor.compress, metrics = setting, evaluator.new()
         for edit in self.edits:
             editor.restore()
-            self.trainer.weight_update.edit(editor, self.datamodule, [edit], fit)
+            try:
+                self.trainer.weight_update.edit(editor, self.datamodule, [edit], fit)
+            except RejectedError:  # it counts as one that changed nothing
+                editor.restore()
             evaluator.update(metrics, [edit])
         found = metrics.compute()
         if missing := [name for name, metric in eac_names().items() if metric not in found]:

@@ -16,7 +16,7 @@ from kedit_lightning.editors.closed_form import ClosedForm
 from kedit_lightning.editors.compression import Compression, compressed
 from kedit_lightning.editors.losses import KLPrompt, edit_loss
 from kedit_lightning.editors.parts import Parts
-from kedit_lightning.editors.stages import Loss, Stage, ValueDelta
+from kedit_lightning.editors.stages import Loss, Stage, ValueDelta, latest
 from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.models import LanguageModel
@@ -177,9 +177,8 @@ class Editor(ClosedForm):
             RejectedError: There are such edits.
         """
         reasons: dict[int, str] = {}
-        latest = {outcome.deltas: outcome for outcome in self.outcomes if outcome.pass_ == self.pass_}
-        for deltas, outcome in latest.items():
-            for delta in deltas:
+        for outcome in latest([outcome for outcome in self.outcomes if outcome.pass_ == self.pass_]):
+            for delta in outcome.deltas:
                 broken = (~delta.delta.detach().isfinite().all(dim=1)).nonzero()[:, 0]
                 reasons |= dict.fromkeys(broken.tolist(), f"stage {outcome.stage}: δ is not finite")
             if self.unconverged == "reject":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.reading import Keys, read_keys, read_values
-from kedit_lightning.editors.stages import ValueDelta
+from kedit_lightning.editors.stages import ValueDelta, latest
 from kedit_lightning.editors.training import StagedTraining
 from kedit_lightning.edits import Part, Site, Token
 from kedit_lightning.errors import KeditError
@@ -81,7 +81,7 @@ class ClosedForm(StagedTraining):
 
     def settle(self) -> None:
         """After `write`: how far the edited model's values are from those that were wanted."""
-        for outcome in self.outcomes:
+        for outcome in latest(self.outcomes):
             if outcome.pass_ == self.pass_:
                 found = self.present({delta.written_at: delta.token for delta in outcome.deltas})
                 for delta in outcome.deltas:

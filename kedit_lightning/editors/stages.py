@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -214,15 +214,25 @@ class Outcome:
             self.probability[index] = loss.probability.detach().float().cpu()[running]
         self.steps[index] = evaluation + 1
 
-    def final(self, i: int) -> dict[str, float]:
-        """Terms and number of loss evaluations of edit i when it stopped, ‖δ‖/‖v₀‖, and what is left after writing."""
+    def final(self, i: int, *, value: bool = True) -> dict[str, float]:
+        """Terms and number of loss evaluations of edit i when it stopped, ‖δ‖/‖v₀‖, and what is left after writing.
+
+        Args:
+            i: The edit's place in its batch.
+            value: Whether δ is still what this stage has left; false where a later one optimised it again.
+        """
         found = {term: float(values[i]) for term, values in self.curves[int(self.steps[i]) - 1].items()}
-        for delta in self.deltas:
+        for delta in self.deltas if value else ():
             found[f"delta/{delta.label}"] = float(delta.delta[i].detach().norm() / delta.origin[i].norm())
             if delta.anchors is not None:
                 found[f"anchors/{delta.label}"] = int(delta.anchors[i].sum())
         found |= {f"residual/{label}": float(values[i]) for label, values in self.residual.items()}
         return {"steps": int(self.steps[i]), "converged": bool(self.converged[i]), **found}
+
+
+def latest(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Those whose δs no later stage of their pass optimised again: of a compressed value the second."""
+    return list({(outcome.pass_, outcome.deltas): outcome for outcome in outcomes}.values())
 
 
 def below(threshold: float) -> Stop:

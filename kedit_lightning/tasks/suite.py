@@ -222,13 +222,14 @@ def retained(pre: Mapping[str, float | None], post: Mapping[str, float | None]) 
 
     Returns:
         ``post / pre`` by task, without perplexity and without tasks that the unedited model fails wholly; ``mean``: the
-        ratio of the mean scores of all of them.
+        ratio of the mean scores of all of them. A score that is lost by editing (null, not finite) counts as 0.
 
     >>> retained({"rte": 0.5, "nq": 0.5, "sst2": 0.0, "perplexity": 3.0}, {"rte": 0.25, "nq": 0.5, "sst2": 0.0})
     {'rte': 0.5, 'nq': 1.0, 'mean': 0.75}
     """
     both = [(name, a, post[name]) for name, a in pre.items() if name in post and name != PERPLEXITY]
-    known = [(name, a, b) for name, a, b in both if a is not None and b is not None and math.isfinite(a + b)]
+    kept = [(name, a, b if b is not None and math.isfinite(b) else 0.0) for name, a, b in both]
+    known = [(name, a, b) for name, a, b in kept if a is not None and math.isfinite(a)]
     shares = {name: b / a for name, a, b in known if a > 0}
     before = sum(a for _, a, _ in known)
     return shares | ({"mean": sum(b for _, _, b in known) / before} if before > 0 else {})

@@ -135,7 +135,7 @@ def test_what_is_retained():
     post = {"rte": 0.25, "nq": 0.0, "sst2": 0.45, "perplexity": 9.0}
     assert retained(pre, post) == pytest.approx({"rte": 0.5, "nq": 0.0, "sst2": 1.8, "mean": 0.7})
     assert retained({"nq": 0.0}, {"nq": 0.5}) == {}
-    assert retained({"nq": 0.5, "rte": 0.5}, {"nq": None, "rte": 0.5}) == {"rte": 1.0, "mean": 1.0}
+    assert retained({"nq": 0.5, "rte": 0.5}, {"nq": None, "rte": 0.5}) == {"nq": 0.0, "rte": 1.0, "mean": 0.5}
 
 
 def test_the_end_of_a_text_ends_an_answer(base):
