@@ -98,7 +98,16 @@ def save(
     }
     tensors |= {f"{MEMORY}{name}": tensor.detach().cpu().contiguous() for name, tensor in (memory or {}).items()}
     header = {"format": FORMAT, "metadata": json.dumps(metadata), "sha256": checksum(tensors)}
-    write_beside(path, lambda beside: beside.write_bytes(to_bytes(tensors, header)))
+    content = _ordered(to_bytes(tensors, header))
+    write_beside(path, lambda beside: beside.write_bytes(content))
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its header's names in order: the library's order is another in every process."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def load(path: Path) -> tuple[list[WeightDelta], dict[str, Any]]:

@@ -127,7 +127,7 @@ def check(run: RunDirectory, here: Record, *, anyway: bool) -> Record | None:
         raise KeditError(msg)
     fixed = [line for line in found if line.split(": ")[0] in STREAM]
     if fixed or not anyway:
-        how = "begin another run" if fixed else "put it back, or add --resume_anyway, which gives up bit-identity"
+        how = "begin another run" if fixed else "put it back, or add --resume_anyway true, which gives up bit-identity"
         msg = f"{run.path}: this run was begun otherwise ({'; '.join(fixed or found)}); {how}"
         raise KeditError(msg)
     _log.warning(

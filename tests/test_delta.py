@@ -1,5 +1,7 @@
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -220,3 +222,20 @@ def test_an_identity_on_the_left_gives_the_right_factor_itself() -> None:
     delta = WeightDelta.low_rank("w", torch.eye(3, dtype=torch.float64), right)
     assert delta.dense is not None
     assert torch.equal(delta.update, right.T)
+
+
+def test_the_same_updates_give_the_same_bytes(tmp_path: Path) -> None:
+    """Also in another process, where the library hashes names otherwise."""
+    script = (
+        "import sys, torch; from pathlib import Path; from kedit_lightning.delta import WeightDelta, save\n"
+        "deltas = [WeightDelta(f'h.{i}.weight', dense=torch.full((2, 3), float(i))) for i in range(4)]\n"
+        "save(Path(sys.argv[1]), deltas, {'editor': 'ROME', 'name': 'Åsa', 'case_ids': [1]}, {'m': torch.ones(2)})"
+    )
+    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for path in paths:
+        subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+    first, *others = (path.read_bytes() for path in paths)
+    assert all(other == first for other in others)
+    deltas, header = delta_files.load(paths[0])
+    assert [float(delta.update[0, 0]) for delta in deltas] == [0.0, 1.0, 2.0, 3.0]
+    assert header["name"] == "Åsa"
