@@ -162,11 +162,8 @@ class Console(EditCallback):
         """Say so."""
         path = trainer.run.path  # type: ignore[attr-defined] # EditTrainer, which imports this module
         if trainer.is_global_zero:
-            self.rows.line(
-                Text(
-                    f"{path} is finished: {count(report['edits'])} made and measured, nothing to resume; begin another run for more"
-                )
-            )
+            made = f"{path} is finished: {count(report['edits'])} made and measured, nothing to resume"
+            self.rows.line(Text(f"{made}; begin another run for more"))
 
     def on_edits_evaluated(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
         """A line an edit, where there are few."""
