@@ -138,10 +138,9 @@ class RunDirectory:
             measured.cut(sum(line["edits"] <= done for line in measured.records()))
         kept = {self._file(line["commit"]) for line in lines[:done] if line["commit"] is not None}
         left = (file for folder in (self.path, self.path / "deltas") for file in folder.glob(BESIDE))
-        for file in {*self.path.glob(COMMITS), *left} - kept:
-            file.unlink()
-        for name in ("metrics.json", "delta.safetensors"):  # of a stream that was stopped
-            (self.path / name).unlink(missing_ok=True)
+        stopped = (self.path / name for name in ("metrics.json", "delta.safetensors"))
+        for file in {*self.path.glob(COMMITS), *left, *stopped} - kept:
+            file.unlink(missing_ok=True)
         return lines[:done]
 
     def _durable(self, number: int) -> bool:
