@@ -97,7 +97,7 @@ class Studies(Trainer):
             model: The editor.
             datamodule: The edits.
             gammas: Percentiles that are tried.
-            edits: How many facts, each edited by itself; the first of the data.
+            edits: How many facts, each edited by itself; of the data by chance.
             tolerance: How far reliability, generalization and locality may each fall below those without compression.
 
         Returns:
