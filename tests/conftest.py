@@ -7,11 +7,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from kedit_lightning.edits import Edit
 from kedit_lightning.models import LanguageModel
+from tests.commandline import World
 from tests.families import EDITS, FAMILIES, tiny_base
 
 
@@ -43,3 +46,11 @@ def gpt2_base() -> LanguageModel:
 def edits() -> list[Edit]:
     """Edits whose subjects stand first, in the middle and last, with targets of one to many tokens."""
     return list(EDITS)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A folder to run commands in, with a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield World(tmp_path_factory.mktemp("world"))

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,6 @@ from tests.updates import bits, same_bits
 BEGUN = {"config.yaml", "run.json", "run.lock", "contexts.json", "before.jsonl", "deltas", "edits.jsonl"}
 FILES = BEGUN | {"delta.safetensors", "metrics.json"}
 PICTURES = {"before_after.png", "loss_curves.png"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield World(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ from tests.commandline import World, done, kedit, write
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 SHIPPED = [path for path in EXPERIMENTS if {"variants", "extends"} & set(yaml.safe_load(path.read_text()))]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield World(tmp_path_factory.mktemp("world"))
 
 
 def experiment(world: World, **changes: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ from tests.commandline import World, done, kedit
 from tests.editors.fitting import bits, make, same
 from tests.families import EDITS, tiny_base
 from tests.test_trainer import data, measuring
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield World(tmp_path_factory.mktemp("world"))
 
 
 def test_the_command_measures_every_gamma_and_leaves_an_overlay(world: World) -> None:

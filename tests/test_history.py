@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ from kedit_lightning.run import RunDirectory
 from tests.commandline import World, done, jsonl, kedit, write
 from tests.families import save_tiny, tiny_base
 from tests.updates import bits, dense, low_rank, metadata, same_bits
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield World(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

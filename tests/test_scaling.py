@@ -6,7 +6,6 @@ import csv
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,6 @@ from tests.test_trainer import data, measuring
 from tests.updates import bits, same_bits
 
 ASKED = ("--counts=[1, 3]", "--seeds=[0, 1]")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KEDIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield World(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

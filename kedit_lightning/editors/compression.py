@@ -174,9 +174,8 @@ def compressed(editor: Editor, stages: Iterable[Stage], setting: Compression) ->
         line[editor.part.index] = torch.arange(len(editor.part))
         twice = _Twice(editor, stage, setting, anchors, line)
         if setting.v_num_grad_steps1:
-            steps = setting.v_num_grad_steps1
-            observed = replace(stage, name=f"{stage.name}_anchors", steps=steps, observe=twice.observe)
-            yield replace(observed, updates_last=True)
+            name, steps = f"{stage.name}_anchors", setting.v_num_grad_steps1
+            yield replace(stage, name=name, steps=steps, observe=twice.observe, updates_last=True)
         case_ids = [edit.case_id for edit in editor.part.edits]
         for of_one in anchors:
             of_one.choose(setting, case_ids)
