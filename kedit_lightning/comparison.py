@@ -13,7 +13,7 @@ from rich import get_console
 from kedit_lightning.curves import curves
 from kedit_lightning.errors import KeditError
 from kedit_lightning.messages import settings_of, wrong_file
-from kedit_lightning.run import COMMITS, newest
+from kedit_lightning.run import COMMITS, RunDirectory, newest
 from kedit_lightning.writing import write_beside
 
 BLOCKS = ("base", "model", "data", "trainer")
@@ -33,7 +33,8 @@ def compare(
 ) -> list[Path]:
     """Run an experiment's variants over seeds, and draw their scores and their model's health over the edits.
 
-    The same command goes on where it was stopped: finished runs are kept, one under way is resumed.
+    The same command goes on where it was stopped: finished runs are kept, one under way is resumed, and so is one that
+    its collapse watch has stopped.
 
     Args:
         config: YAML: ``name``; ``title`` of the figures; ``seeds``; ``quantities`` to draw by name (see `curves`); what
@@ -62,7 +63,8 @@ def compare(
     for number, (name, seed) in enumerate(todo, 1):
         place = folder / name / f"seed_{seed}"
         written = _configuration(place, fit_configuration(experiment, name, seed, place.parent))
-        if not (newest(place, "metrics.json") / "metrics.json").is_file():
+        report = RunDirectory(newest(place, "metrics.json")).read_json("metrics.json")
+        if report is None or report.get("stopped"):
             get_console().print(f"run {number} of {len(todo)}: {name}, seed {seed}", highlight=False)
             begun = newest(place, COMMITS)
             started = any(begun.glob(COMMITS))

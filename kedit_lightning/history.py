@@ -229,5 +229,6 @@ def _summary(run: RunDirectory) -> str:
     parts = [f"{run.path}: {count(len(lines) - rejected)} in {len(commits):,} commit{'s' * (len(commits) != 1)}"]
     parts += [f"{rejected} rejected"] if rejected else []
     parts += [] if warned is None else [f"warned after {warned}"]
-    parts += [] if (run.path / "metrics.json").is_file() else ["not finished"]
+    report = run.read_json("metrics.json")
+    parts += ["not finished"] if report is None else ["stopped before its last edit"] if report.get("stopped") else []
     return ", ".join(parts)

@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -18,10 +19,24 @@ import yaml
 LONGEST = 60
 """Characters of a wrong value that are shown."""
 
+UNKNOWN = r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected|unrecognized arguments: --([^=\s]+)"
+"""What jsonargparse says of a key that a class does not take."""
+
+
+def say(message: str) -> None:
+    """Say something in one line; where torchrun or SLURM has started several processes the first says it for all."""
+    if number("RANK", "SLURM_PROCID") == 0:
+        sys.stderr.write(f"kedit: {message}\n")
+
+
+def number(*names: str) -> int:
+    """This process's number, which what has started several leaves in one of these environment variables."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), 0)
+
 
 def fail(message: str, status: int) -> NoReturn:
     """Say why in one line, and leave."""
-    sys.stderr.write(f"kedit: {message}\n")
+    say(message)
     sys.exit(status)
 
 
@@ -87,8 +102,8 @@ def _nested(message: str) -> str:
             given = _imported(found[1])
             bad_class |= given is None
             path += ["init_args"] if given is not None and not is_dataclass(given) else []
-        elif found := re.match(r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected", line):
-            return _unknown(path, found[1] or found[2], given)
+        elif found := re.match(UNKNOWN, line):
+            return _unknown(path, next(filter(None, found.groups())), given)
         elif found := re.match(r"Subtypes: \[<class '([^']+)'>", line):
             wanted = _imported(found[1])
         elif found := re.match(r"Given value: (?:NestedArg\(.*\bval=)?(.*?)\)?$", line):
@@ -118,12 +133,15 @@ def _nested(message: str) -> str:
 
 
 def _unknown(path: list[str], key: str, given: type | None) -> str:
-    """A misspelt parameter of a class."""
+    """A misspelt parameter of a class, or one whose absence the class explains in its ``lacks``."""
     known = list(settings_of(given)) if given is not None else []
+    first = key.partition(".")[0]
+    if (why := getattr(given, "lacks", {}).get(first)) is not None:
+        return f"{'.'.join([*path, first])}: {why}"
     if path[-1:] == ["init_args"] and difflib.get_close_matches(key, ["init_args", "class_path"], n=1):
         path, known = path[:-1], ["class_path", "init_args"]
     name = f" of {given.__name__}" if given is not None else ""
-    near = difflib.get_close_matches(key, known, n=1)
+    near = [] if first in known else difflib.get_close_matches(first, known, n=1)
     return f"unknown key {'.'.join([*path, key])}{name}" + (
         f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(known)}"
     )

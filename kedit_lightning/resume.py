@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
 from kedit_lightning.errors import KeditError
 from kedit_lightning.measurement import Measurement
-from kedit_lightning.models.fingerprint import fingerprint
+from kedit_lightning.models.fingerprint import checksum, fingerprint
+from kedit_lightning.models.key_statistics import Identity
+from kedit_lightning.models.processes import ranks, same
 from kedit_lightning.run import SETTINGS, Record, RunDirectory
 
 if TYPE_CHECKING:
@@ -32,9 +35,11 @@ _log = logging.getLogger(__name__)
 LIBRARIES = ("kedit_lightning", "torch", "transformers", "tokenizers", "lightning", "torchmetrics", "numpy")
 STREAM = ("edits", "data.batch_size", "data.restore_every")
 """Settings without which what is done and what is to come do not fit together."""
-HASHES = ("edits", "weights", "moments")
+HASHES = ("edits", "weights")
 """What is kept as a hash, which says nothing to a reader."""
-UNCOMPARED = ("base", "seed", "budget", "resumed")
+KEPT = ("seed", "budget", "parallel_edits", "moments")
+"""What is known once the editor is prepared; `check_moments` compares the last."""
+UNCOMPARED = (*KEPT, "base", "resumed")
 """What is kept beside the settings; a base model may lie elsewhere as long as its weights are the same."""
 
 
@@ -130,13 +135,63 @@ def check(run: RunDirectory, here: Record, *, anyway: bool) -> Record | None:
         how = "begin another run" if fixed else "put it back, or add --resume_anyway true, which gives up bit-identity"
         msg = f"{run.path}: this run was begun otherwise ({'; '.join(fixed or found)}); {how}"
         raise KeditError(msg)
+    goes_by = {**here, **{key: there[key] for key in KEPT if key in there}}
+    _go_on(run, {**goes_by, "resumed": there.get("resumed", [])}, found)
+    return goes_by
+
+
+def check_processes(here: Record) -> None:
+    """See that all processes have the same code, libraries and settings; devices may differ.
+
+    Raises:
+        KeditError: They do not.
+    """
+    if ranks()[1] > 1:
+        code = hashlib.sha256()
+        for file in sorted(Path(__file__).parent.rglob("*.py")):
+            code.update(file.read_bytes())
+        for what, value in (("the code of kedit_lightning", code.hexdigest()), ("settings and data", here)):
+            known = value if isinstance(value, str) else {k: v for k, v in value.items() if k != "device"}
+            text = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+            same(what, text, "run one version of the command with one configuration on all machines")
+
+
+def moments(editor: Editor) -> str:
+    """Hash of the second moments of a prepared editor."""
+    known = {str(site): each for site, each in editor.moments.items() if not isinstance(each, Identity)}
+    return checksum({site: each.mean.cpu().contiguous() for site, each in known.items()})
+
+
+def check_moments(run: RunDirectory, here: str, *, anyway: bool) -> None:
+    """Compare second moments with those that a run was begun with: their files may have been replaced since then.
+
+    Args:
+        run: The run directory.
+        here: `moments` of now.
+        anyway: As in `check`.
+
+    Raises:
+        KeditError: They are others.
+    """
+    there = run.read_json(SETTINGS)
+    if there.get("moments", here) == here:
+        return
+    if not anyway:
+        msg = (
+            f"{run.path}: the second moments of the keys are others than this run was begun with; put their files "
+            "back, or add --resume_anyway true, which gives up bit-identity"
+        )
+        raise KeditError(msg)
+    _go_on(run, {**there, "moments": here}, ["moments: others than there"])
+
+
+def _go_on(run: RunDirectory, goes_by: Record, found: list[str]) -> None:
+    """Say that a run is no longer as an unbroken one, and have it say so."""
     _log.warning(
         "warning: %s: goes on otherwise than it was begun, bit-identity is lost: %s", run.path, "; ".join(found)
     )
     changed = {"edits": len(run.lines), "differences": found}
-    goes_by = {**here, "seed": there["seed"], "budget": there["budget"]}
-    run.write_json(SETTINGS, {**goes_by, "resumed": [*there.get("resumed", []), changed]})
-    return goes_by
+    run.write_json(SETTINGS, {**goes_by, "resumed": [*goes_by.get("resumed", []), changed]})
 
 
 @contextmanager

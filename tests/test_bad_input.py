@@ -78,6 +78,16 @@ def refused(result: Result, status: int, *words: str) -> None:
         assert word in result.err, (word, result.err)
 
 
+@pytest.mark.parametrize("how", ["yaml", "argument"])
+def test_a_setting_that_an_editor_lacks_is_explained(bad: Bad, tmp_path: Path, how: str) -> None:
+    tuned = {"model": {"class_path": "FT", "init_args": {"layers": [1]}}, "base": {"name": str(bad.base)}}
+    more = ["--model.compress.gamma=80"]
+    if how == "yaml":
+        more = ["--config", str(write(tmp_path / "more.yaml", {"model": {"init_args": {"compress": {"gamma": 80}}}}))]
+    result = kedit("fit", "--config", write(tmp_path / "ft.yaml", tuned), *more)
+    refused(result, 2, "kedit: model.init_args.compress: FT optimises no value", "elastic_net")
+
+
 def test_the_configuration_is_good(bad: Bad) -> None:
     done("validate", "--config", bad.rome)
     done("validate", "--config", bad.top)
@@ -513,6 +523,7 @@ MISSPELT = {
     "model.init_args.statistics.sorce": (
         "unknown key model.init_args.statistics.sorce of Statistics; did you mean source?",
     ),
+    "model.init_args.compres.gamma": ("unknown key model.init_args.compres.gamma of ROME; did you mean compress?",),
     "data.batchsize": ("unknown key data.batchsize", "did you mean data.batch_size?"),
 }
 
@@ -628,7 +639,7 @@ def test_commands_and_options(bad: Bad) -> None:
         kedit("edit"),
         2,
         "unknown command 'edit'",
-        "fit, validate, test, predict, scale, tune-gamma, statistics, apply, revert, log, show",
+        "fit, plan, validate, test, predict, scale, tune-gamma, statistics, apply, revert, log, show",
     )
     refused(kedit("fit", "--confg", bad.rome), 2, "confg")
     refused(kedit("apply", bad.run, "--outt", "x"), 2, "outt")

@@ -69,6 +69,21 @@ def test_it_runs_every_variant_and_seed_once_and_draws_them(world: World, tmp_pa
     assert refused.err.count("\n") == 1
 
 
+def test_a_run_that_was_stopped_goes_on(world: World, tmp_path: Path) -> None:
+    settings = {"every": 1, "thresholds": {"frobenius": 1e-9, "perplexity": None}, "action": "stop"}
+    one = experiment(world, seeds=[0], variants={"ROME": {}})
+    one["trainer"]["callbacks"] = [{"class_path": "CollapseWatch", "init_args": settings}]
+    file = write(tmp_path / "one.yaml", one)
+    edits = []
+    for _ in range(2):
+        done("compare", "--config", file, "--save_dir", tmp_path / "logs")
+        [run] = (tmp_path / "logs/pair/ROME/seed_0").glob("version_*")
+        report = json.loads((run / "metrics.json").read_text())
+        shown = " ".join(done("log", run).out.split())
+        edits.append((report["edits"], report.get("stopped", False), "stopped before its last edit" in shown))
+    assert edits == [(1, True, True), (3, False, False)]
+
+
 def test_one_file_can_extend_another(world: World, tmp_path: Path) -> None:
     write(tmp_path / "pair.yaml", experiment(world))
     child = {"extends": "pair.yaml", "title": "One", "quantities": {"latest": "latest.efficacy.mean"}}

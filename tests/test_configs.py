@@ -123,7 +123,7 @@ FT = {  # model, layer, learning rate, what else
     "ft_l_gptj": (GPTJ, 0, 5e-4, {"norm_constraint": 5e-5}),
     "ft_l_qwen2.5-14b": (QWEN_14B, 0, 5e-4, {"norm_constraint": 5e-5}),  # not published, proposed as GPT-J
     "ft_wd_gptj": (GPTJ, 21, 5e-5, LAW),
-    "ft_wd_llama-7b": (LLAMA_7B, 23, 5e-5, LAW | {"stop": 0.1}),
+    "ft_wd_llama-7b": (LLAMA_7B, 23, 5e-5, LAW | {"stop": 0.1, "batch_size": 32}),
     "ft_gpt2-xl": (GPT2_XL, 1, 5e-4, {}),
     "ft_llama3-8b": (LLAMA3_8B, 21, 5e-4, {}),
     "ft_elastic_gpt2-xl": (GPT2_XL, 1, 5e-4, {"elastic_net": {"num_steps": 10, "elastic_l1": 5e-7, "mu": 0.5}}),
@@ -191,7 +191,7 @@ PROPOSED = {f"configs/{name}.yaml" for name in (*NOT_PUBLISHED, *(f"{editor}_alm
 PROPOSED |= {f"configs/eac_{editor}_{name}.yaml" for editor in ("rome", "memit") for name in ("almanac", "llama2-13b")}
 PROPOSED |= {f"configs/eac_{editor}_llama2-13b_zsre.yaml" for editor in ("rome", "memit")}
 PROPOSED |= {f"configs/experiments/{name}_almanac.yaml" for name in ("jeep_scaling", "eac_norm", "eac_ft")}
-PROPOSED |= {f"configs/experiments/eac_{name}_almanac.yaml" for name in ("ablation", "selectors")}
+PROPOSED |= {f"configs/experiments/eac_{name}_almanac.yaml" for name in ("ablation", "memit", "selectors")}
 DATA = {"dataset": "counterfact", "size": 2000, "batch_size": 1, "restore_every": 1}
 MASS = {"dataset": "multi_counterfact", "size": 10_000, "batch_size": 10_000, "restore_every": None}
 ZSRE = MASS | {"dataset": "zsre", "on_conflict": "keep_last", "options": {"target": "answers"}}
@@ -548,10 +548,9 @@ def written(editor: str, settings: dict[str, Any]) -> set[tuple[int, str]]:
 REGIONS = {"both": ("low", "high"), "low": ("low",), "high": ("high",)}
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.chdir(ROOT)
-    _, method, *args = shlex.split(text(name).splitlines()[0].removeprefix("# "))
+def small(deep: Deep, name: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """What a configuration's command is given, what makes it small, and what all its files say."""
+    _, _, *args = shlex.split(text(name).splitlines()[0].removeprefix("# "))
     content: dict[str, Any] = {}
     for path in args[1::2]:
         content |= load(path)
@@ -591,7 +590,16 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
     overrides |= {f"model.init_args.{key}": 2 for key in settings if key.startswith("v_num_grad_steps")}
     if "compress" in settings:
         overrides |= {f"model.init_args.compress.v_num_grad_steps{i}": 1 for i in (1, 2)}
-    done(method, *args, *(f"--{key}={value}" for key, value in overrides.items()))
+    return args, overrides, content
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(ROOT)
+    args, overrides, content = small(deep, name)
+    first = load(args[1])["model"]
+    editor, settings, edits = first["class_path"], first["init_args"], overrides["data.stop"]
+    done("fit", *args, *(f"--{key}={value}" for key, value in overrides.items()))
     run = RunDirectory(deep.logs / name.replace("/", "-") / "version_0")
     expected = settings | content["model"]["init_args"]
     records = list(run.records())
@@ -609,6 +617,17 @@ def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, n
     for block in blocks:  # what an overlay says of a block is added to the block
         for key, value in (settings[block] | expected[block]).items():
             assert f"{block}.{key}" in given or saved[block][key] == value, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_every_configuration_can_be_planned(deep: Deep, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(ROOT)
+    args, overrides, _ = small(deep, name)
+    shown = done("plan", *args, *(f"--{key}={value}" for key, value in overrides.items())).out
+    edits = overrides["data.stop"]
+    assert re.search(rf" edits +{edits} in ", shown)
+    assert re.search(r" fits +yes", shown)
 
 
 def test_the_scaling_run(deep: Deep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Sequence:
             if number in (rejected or {}):
                 refused = self.line(900 + number, None) | {"rejected": (rejected or {})[number]}
                 self.run.lines.append([refused])
-            self.run.commit(number, deltas, metadata(self.base, case_ids=cases, number=number), records)
+            self.run.commit([(number, deltas, metadata(self.base, case_ids=cases, number=number), {})], records)
 
     @staticmethod
     def line(case: int, commit: int | None) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def test_edits_solved_together_are_undone_together(tmp_path: Path, solved: str) 
         "one": [low_rank(base, 1)],
     }[solved]
     run = RunDirectory(tmp_path / "run")
-    run.commit(0, deltas, metadata(base, case_ids=[7, 8]), [Sequence.line(7, 0), Sequence.line(8, 0)])
+    run.commit([(0, deltas, metadata(base, case_ids=[7, 8]), {})], [Sequence.line(7, 0), Sequence.line(8, 0)])
     with pytest.raises(
         KeditError, match=r"case 8 was solved together with case 7 \(commit 0\).*--commit 0 undoes them"
     ):

@@ -19,15 +19,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kedit_lightning import delta as delta_files
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.editors import ROME
+from kedit_lightning.edits import Site
+from kedit_lightning.errors import KeditError
 from kedit_lightning.metrics import Evaluation
-from kedit_lightning.models import LanguageModel
+from kedit_lightning.models import LanguageModel, moment_files
+from kedit_lightning.models.fingerprint import checksum
+from kedit_lightning.models.key_statistics import Identity, KeyStatistics
 from kedit_lightning.models.statistics import Statistics
+from kedit_lightning.resume import check_moments, moments
 from kedit_lightning.run import RunDirectory
 from kedit_lightning.trainer import EditTrainer
 from tests.commandline import EDITOR, Result, World, done, kedit, write
@@ -403,6 +409,27 @@ def test_the_newest_run_of_a_folder_goes_on_whatever_else_was_done_there(broken:
     assert_same(broken, finished)
 
 
+def test_other_second_moments_are_refused(finished: Path, world: World, tmp_path: Path) -> None:
+    """One entry is another; without second moments there is nothing to compare."""
+    keys = torch.randn(40, 16)
+    editor = ROME(LanguageModel(str(world.base)), **EDITOR["ROME"], statistics=Statistics("identity"))
+    editor.moments = {Site(1, "mlp"): KeyStatistics(keys.T @ keys, 40)}
+    run = RunDirectory(shutil.copytree(finished, tmp_path / "run"))
+    begun = run.read_json("run.json") | {"moments": moments(editor)}
+    run.write_json("run.json", begun)
+    check_moments(run, moments(editor), anyway=False)
+    editor.moments[Site(1, "mlp")].mean[0, 1] *= 1 + 1e-6
+    with pytest.raises(KeditError, match="the second moments of the keys are others than this run was begun with; put"):
+        check_moments(run, moments(editor), anyway=False)
+    assert run.read_json("run.json") == begun
+    check_moments(run, moments(editor), anyway=True)
+    now = run.read_json("run.json")
+    assert now["resumed"] == [{"edits": 4, "differences": ["moments: others than there"]}]
+    assert now == begun | {"moments": moments(editor), "resumed": now["resumed"]}
+    editor.moments = {Site(1, "mlp"): Identity(16)}
+    assert moments(editor) == checksum({})
+
+
 def test_two_processes_do_not_share_a_run(broken: Path) -> None:
     with (broken / "run.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -445,3 +472,31 @@ def test_a_full_disk_at_each_write_loses_nothing(
     monkeypatch.undo()
     done("fit", "--resume", broken)
     assert_same(broken, finished)
+
+
+@pytest.mark.slow
+def test_second_moments_replaced_between_two_calls(world: World, tmp_path: Path) -> None:
+    """A file of the cache that was replaced by a sound one with other numbers."""
+    source = {"source": str(world.corpus), "tokens": 2000, "cache_dir": str(tmp_path), "ridge": 0.1}
+    run = world.fit(world.config(statistics=source), "--data.stop=2", name="moments")
+    whole = content(run)
+    (run / "metrics.json").unlink()
+    (run / "deltas/000001.safetensors").unlink()
+    [file] = tmp_path.glob("*.safetensors")
+    sound = file.read_bytes()
+    with safe_open(file, "pt") as opened:
+        about, moment, count = opened.metadata(), opened.get_tensor("moment").clone(), int(opened.get_tensor("count"))
+    moment[0, 0] *= 1.001
+    moment_files.save(file, moment, count, {key: about[key] for key in about.keys() - {"format", "sha256"}})
+    refused(kedit("fit", "--resume", run), "the second moments of the keys are others than this run was begun with")
+    replaced = file.read_bytes()
+    file.write_bytes(sound)
+    done("fit", "--resume", run)
+    assert content(run) == whole
+    file.write_bytes(replaced)
+    (run / "metrics.json").unlink()
+    (run / "deltas/000001.safetensors").unlink()
+    done("fit", "--resume", run, "--resume_anyway=true")
+    kept = json.loads((run / "run.json").read_text())
+    assert kept["resumed"] == [{"edits": 2, "differences": ["moments: others than there"]}]
+    assert kept["moments"] != whole["run.json"]["moments"]

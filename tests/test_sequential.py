@@ -158,10 +158,11 @@ def break_updates(editor: Editor, cases: set[int], value: float = math.nan) -> N
 
     def broken() -> Any:
         for delta in write():
-            if cases & {edit.case_id for edit in editor.edits}:
+            mine = [editor.edits[delta.edit]] if editor.side_by_side else editor.edits
+            if cases & {edit.case_id for edit in mine}:
                 update = delta.update.clone()
                 update[-1, -1] = value
-                yield WeightDelta(delta.name, dense=update)
+                yield WeightDelta(delta.name, dense=update, edit=delta.edit)
             else:
                 yield delta
 
@@ -258,6 +259,27 @@ def test_a_group_of_which_all_edits_are_rejected_ends_with_the_unedited_model(tm
     assert made.run.standing() == []
     assert same(base, before)
     assert len(made.run.commits()) == 2
+
+
+def test_the_token_budget_of_a_rejected_batch_is_not_kept(tmp_path: Path) -> None:
+    """It would be lost by a kill before the next commit, which alone records it."""
+    editor = make("MEMIT", tiny_base("gpt2"))
+    first = {edit.case_id for edit in FIVE[:2]}
+    logits = editor.base.logits
+
+    def limited(batch: Any, *args: Any, **more: Any) -> Any:
+        under_way = {edit.case_id for edit in getattr(editor, "edits", [])}
+        if under_way and under_way <= first and batch.input_ids.numel() > 100:
+            raise torch.OutOfMemoryError
+        found = logits(batch, *args, **more)
+        return found * math.nan if under_way and under_way <= first else found
+
+    editor.base.logits = limited  # type: ignore[method-assign]
+    made = trainer(tmp_path)
+    made.fit(editor, datamodule=data(4, batch_size=2))
+    lines = made.run.records()
+    assert [line["commit"] for line in lines] == [None, None, 0, 0]
+    assert made.run.last_metadata()["budget"] == made.run.read_json("run.json")["budget"]
 
 
 # ---------------------------------------------------------------------- what a commit costs

@@ -28,15 +28,10 @@ SCORES, MARKERS = ("#2f6db5", "#4b9f6a", "#d9822b", INK, "#8d5bb5"), "os^Dv"
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.edgecolor": "#9aa1ab",
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "grid.color": "#e3e6ea",
-    "legend.frameon": False,
+    **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
 }
 ALL = (-math.inf, math.inf)
 FLOOR = 1e-4
@@ -67,15 +62,19 @@ class Curves:
 class Figures(EditCallback):
     """At the end of the stream ``before_after.png`` and ``loss_curves.png`` in the run directory and in TensorBoard.
 
-    The loss curves are those of the edits that this process has made; of a resumed run TensorBoard has them all.
+    The loss curves of a run that was resumed are those since then, as their title says; TensorBoard has them all.
     """
 
     def __init__(self) -> None:
-        self.curves: dict[tuple[int, str], Curves] = {}
+        self.curves, self.resumed = dict[tuple[int, str], Curves](), 0
 
     def on_stream_start(self, trainer: Trainer, editor: Editor, n_edits: int) -> None:
         """Begin anew."""
-        self.curves = {}
+        self.curves, self.resumed = {}, 0
+
+    def on_stream_resumed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
+        """Keep after how many edits."""
+        self.resumed = len(records)
 
     def on_edits_committed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
         """Keep the loss curves of the edit batch."""
@@ -98,7 +97,7 @@ class Figures(EditCallback):
             if "pre" in report and "post" in report:
                 keep(trainer, "before_after", before_after(report), report["edits"])
             if self.curves:
-                keep(trainer, "loss_curves", loss_curves(self.curves), report["edits"])
+                keep(trainer, "loss_curves", loss_curves(self.curves, self.resumed), report["edits"])
         self.curves = {}
 
 
@@ -150,8 +149,11 @@ def _bars(axis: Axes, names: Sequence[str], pre: Record, post: Record, unit: str
     axis.grid(axis="x", zorder=0)
 
 
-def loss_curves(curves: dict[tuple[int, str], Curves]) -> Figure:
-    """Mean loss by stage and term over the loss evaluations, with the band that holds the middle 80 % of the edits."""
+def loss_curves(curves: dict[tuple[int, str], Curves], resumed: int = 0) -> Figure:
+    """Mean loss by stage and term over the loss evaluations, with the band that holds the middle 80 % of the edits.
+
+    They are those since the run was resumed after ``resumed`` edits, which had been made before.
+    """
     layers = {layer for layer, _ in curves}
     columns = min(len({stage for _, stage in curves}), 3)
     rows = -(-len(curves) // columns)
@@ -167,7 +169,8 @@ def loss_curves(curves: dict[tuple[int, str], Curves]) -> Figure:
         axis.set_axis_off()
     for axis in axes[::columns]:
         axis.set_ylabel("loss")
-    headline(figure, f"Loss of {count(edits)}" + (": mean, and where the middle 80 % lie" if edits > 1 else ""))
+    title = f"Loss of {count(edits)}" + (f", since the run was resumed after {resumed}" if resumed else "")
+    headline(figure, title + (": mean, and where the middle 80 % lie" if edits > 1 else ""))
     return figure
 
 

@@ -116,7 +116,8 @@ class CollapseWatch(EditCallback):
     warning for each threshold that the check before had not crossed: ``edits`` so far; ``drift`` of each edited matrix
     (`metrics.drift`) and of all ``together``; ``delta_norm``, ‖δ‖ / ‖v₀‖ by site, the mean over the edits since the
     last check; ``perplexity`` of held-out text, null where there is none; ``retention``; ``warnings``. The first line
-    is the unedited model's. At the end of the stream there are health.csv and health.png.
+    is the unedited model's, the last that of the model at the end of the stream, where there are health.csv and
+    health.png too.
 
     Retention is the share of earlier edits whose whole target_new is still the greedy answer to the edit prompt (every
     token the arg-max under teacher forcing), among at most ``sample`` of those since the last restoration: the ones
@@ -127,7 +128,7 @@ class CollapseWatch(EditCallback):
     resumed run is watched as if it had never been interrupted.
 
     Args:
-        every: Edits between two checks; those that are rejected do not count.
+        every: Edits between two checks; those that are rejected do not count. The end of the stream is checked too.
         thresholds: What is no longer healthy.
         action: ``warn``, or ``stop``: at a new crossing the stream ends after the commit, is measured as if it had been
             all, and can be resumed.
@@ -139,6 +140,8 @@ class CollapseWatch(EditCallback):
     Raises:
         KeditError: A number is below 1.
     """
+
+    reads_weights = True
 
     def __init__(
         self,
@@ -189,9 +192,13 @@ class CollapseWatch(EditCallback):
             self._check(cast("EditTrainer", trainer), editor, self._state)
 
     def on_stream_end(self, trainer: Trainer, editor: Editor, report: Record) -> None:
-        """Draw."""
-        if trainer.is_global_zero and self._state is not None:
-            keep_health(trainer, f"{type(editor).__name__}: health over {self._state.done} edits", self._state.history)
+        """Check what has not been checked, unless the stream is to go on some time; draw."""
+        if (state := self._state) is None:
+            return
+        if state.checked < state.committed and not report.get("stopped"):
+            self._check(cast("EditTrainer", trainer), editor, state)
+        if trainer.is_global_zero:
+            keep_health(trainer, f"{type(editor).__name__}: health over {state.done} edits", state.history)
 
     def _take_up(self, trainer: EditTrainer, editor: Editor) -> None:
         """Read what there is of the run; a run that was killed between a commit and its check is checked now."""

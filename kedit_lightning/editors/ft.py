@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kedit_lightning.editors.tuning import WeightTraining
 from kedit_lightning.edits import Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.processes import once, share
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ class FT(WeightTraining):
         KeditError: A setting is out of range or contradicts another.
     """
 
+    lacks: ClassVar[Mapping[str, str]] = {
+        "compress": "FT optimises no value that could be compressed; elastic_net, norm_constraint and wd_power_law are "
+        "what keeps its weights near"
+    }
+    """By setting of other editors why this one does not take it."""
+
     def __init__(
         self,
         base: LanguageModel,
@@ -141,17 +148,22 @@ class FT(WeightTraining):
 
     def _answers(self) -> Callable[[], Loss]:
         """The mean NLL of each edit's target tokens."""
-        rows, m = self.batch.bare_rows, len(self.batch)
+        m = len(self.batch)
+        mine = share(m).to(self.batch.edit.device)
+        rows = self.batch.bare_rows.select(mine)
         line, position = torch.nonzero(rows.labels >= 0, as_tuple=True)
         targets = rows.labels[line, position]
         if self.preset == "released":
             position = rows.at[Token.PROMPT_LAST][line]
 
         def loss() -> Loss:
-            logits = self.base.logits(rows, (line, position), self.weights)
-            nll = objectives.mean_over_rows(objectives.nll(logits, targets), line, m)
-            likeliest = (logits.detach().argmax(dim=-1) == targets).float()
-            return Loss({"nll": nll}, (-nll.detach()).exp(), objectives.mean_over_rows(likeliest, line, m) == 1)
+            nothing = torch.zeros(0, 1, device=mine.device)
+            logits = self.base.logits(rows, (line, position), self.weights) if len(rows) else nothing
+            nll = objectives.mean_over_rows(objectives.nll(logits, targets), line, len(rows))
+            missed = objectives.sum_over_rows((logits.detach().argmax(dim=-1) != targets).float(), line, len(rows))
+            probability = (-nll.detach()).exp()
+            of_edits = [objectives.sum_over_rows(values, mine, m) for values in (nll, probability, missed)]
+            return Loss({"nll": of_edits[0]}, *of_edits[1:])
 
         return loss
 
@@ -171,8 +183,8 @@ class FT(WeightTraining):
                 l1 = l1 + objectives.scored_l1(change[None], score[None])[0].to(l1)
                 l2 = l2 + change.square().sum().to(l2)
             terms: Terms = {"elastic_l1": net.elastic_l1 * l1, "elastic_l2": net.mu * l2}
-            every = {name: term.expand(len(self.batch)) for name, term in terms.items()}
-            return Loss(found.terms | every, found.probability, found.certain)
+            every = {name: once(term).expand(len(self.batch)) for name, term in terms.items()}
+            return replace(found, terms=found.terms | every)
 
         return loss
 

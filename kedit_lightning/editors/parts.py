@@ -71,9 +71,10 @@ class Parts(Sequence[EditBatch]):
         """
         large = self._parts[i]
         if len(large) == 1:
+            fewer = "take fewer context templates, or " if sum(map(len, self.templates)) > 1 else ""
             msg = (
-                f"case {large.edits[0].case_id}: out of memory with this edit alone ({large.tokens} tokens); take "
-                "fewer context templates, or load the model in bfloat16"
+                f"case {large.edits[0].case_id}: out of memory with this edit alone ({large.tokens} tokens); "
+                f"{fewer}load the model in bfloat16"
             )
             raise KeditError(msg)
         self.max_tokens = large.tokens // 2

@@ -28,7 +28,8 @@ def weight_drift(before: Tensor, after: Tensor) -> dict[str, float]:
     Returns:
         ``l1``: (‖W‖₁ − ‖W₀‖₁) / ‖W₀‖₁ with the entrywise norm ‖W‖₁ = Σ |wᵢⱼ|, the drift of EAC's Fig. 2, which is
         negative where a matrix shrinks; ``l1_change``: ‖W − W₀‖₁ / ‖W₀‖₁; ``frobenius``: ‖W − W₀‖_F / ‖W₀‖_F;
-        ``spectral``: ‖W − W₀‖₂ / ‖W₀‖₂, the largest singular values.
+        ``spectral``: ‖W − W₀‖₂ / ‖W₀‖₂, the largest singular values. Nothing is relative to a W₀ of zeros (a bias that
+        was never trained): all four are 0 then, wherever W is finite; see `WeightDrift` for several matrices.
 
     Example:
         >>> weight_drift(torch.eye(4), torch.diag(torch.tensor([1.0, 1.0, 1.0, 3.0])))
@@ -79,8 +80,9 @@ def spectral_norm(matrix: Tensor, tol: float = 1e-3) -> float:
 class WeightDrift(Metric):
     """Relative drift of several matrices together, as if all were one; the spectral one is the largest among them.
 
-    Called with a matrix it gives the drift of that one; `compute` gives that of all. The curve over edits is one such
-    metric a point (EAC, Fig. 2). Processes that hold different layers add up.
+    Called with a matrix it gives the drift of that one; `compute` gives that of all, where the change of one that was
+    all zeros counts but for the spectral drift. The curve over edits is one such metric a point (EAC, Fig. 2).
+    Processes that hold different layers add up.
     """
 
     full_state_update = False
@@ -116,13 +118,18 @@ class WeightDrift(Metric):
         }.items():
             setattr(self, name, getattr(self, name) + value.to(self.device))
         of_change, of_before = torch.tensor([spectral_norm(change), spectral_norm(before)], dtype=torch.float64)
-        self.spectral = torch.maximum(self.spectral, (of_change / of_before).to(self.device))
+        self.spectral = torch.maximum(self.spectral, _relative(of_change, of_before).to(self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """The measures of `weight_drift`, each of shape ``()``."""
         return {
-            "l1": (self.l1_after - self.l1_before) / self.l1_before,
-            "l1_change": self.l1_change / self.l1_before,
-            "frobenius": (self.squares_change / self.squares_before).sqrt(),
+            "l1": _relative(self.l1_after - self.l1_before, self.l1_before),
+            "l1_change": _relative(self.l1_change, self.l1_before),
+            "frobenius": _relative(self.squares_change, self.squares_before).sqrt(),
             "spectral": self.spectral,
         }
+
+
+def _relative(change: Tensor, before: Tensor) -> Tensor:
+    """Their quotient; 0 where there was nothing before and the change is finite."""
+    return torch.where(before == 0, 0 * change, change / before)

@@ -203,6 +203,7 @@ class Tasks:
                 top_k=None,
                 max_tokens=self.max_tokens,
                 until_end=True,
+                end_text=base.tokenizer.eos_token or "" if self.scorer == "legacy" else "",
             )
             pairs = [(prompt, option) for prompt in prompts for option in task.options]
             nll = scorer.score(*zip(*pairs, strict=True)).nll_mean.tolist() if pairs else []

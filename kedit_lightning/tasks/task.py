@@ -19,7 +19,7 @@ Scorer = Literal["strict", "contains", "likelihood", "legacy"]
 """How answers are read; see `tasks.suite.Tasks`."""
 
 CUT = 13
-"""Characters that the EAC script drops at the end of every summary: the length of an end-of-text token."""
+"""Characters that the EAC script drops at the end of every summary: the length of GPT-2's end of text, there or not."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Answer:
 
     Args:
         item: The item.
-        text: The continuation, up to the end of the text.
+        text: The continuation, up to the end of the text; for ``legacy``, which has it so, with the end-of-text token.
         nll: Mean NLL of each option, where there are options.
     """
 
@@ -208,12 +208,14 @@ class Summarisation(Task):
     """A summary, compared with that of a person."""
 
     def scores(self, answers: Sequence[Answer], scorer: Scorer) -> tuple[str, dict[str, float]]:
-        """Mean of ROUGE-1, ROUGE-2 and ROUGE-L; legacy drops the last 13 characters first. See `Task.scores`.
+        """Mean of ROUGE-1, ROUGE-2 and ROUGE-L. See `Task.scores`.
 
-        The script's own package counts n-grams as sets; that is not reproduced.
+        Legacy reads what follows the last "DR:", without its last 13 characters: the end-of-text token of GPT-2, or of
+        a summary that has none, its own. The script's package counts n-grams as sets; that is not reproduced.
         """
-        texts = [answer.text[:-CUT] if scorer == "legacy" else answer.text for answer in answers]
+        texts = [answer.text for answer in answers]
         if scorer == "legacy":
+            texts = [text.split("DR:")[-1][:-CUT] for text in texts]
             texts = [text if len(text) > 1 else "" for text in texts]
         metric = RougeMean()
         found = [rouge(text, answer.item.answers[0]) for text, answer in zip(texts, answers, strict=True)]

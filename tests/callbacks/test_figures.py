@@ -125,6 +125,28 @@ def test_a_mass_edit_in_parts_has_the_curves_of_one_made_at_once(gpt2_base: Lang
     torch.testing.assert_close(drawn["loss (sum)"], found[1]["loss"].mean(dim=1))
 
 
+def test_the_loss_curves_of_a_resumed_run_say_whose_they_are(tmp_path: Path, gpt2_base: LanguageModel) -> None:
+    titles: list[str] = []
+
+    class Logger:
+        experiment: Any = SimpleNamespace(
+            add_figure=lambda name, figure, *_, **__: titles.append(figure.get_suptitle() if "loss" in name else "")
+        )
+
+    for resumed in (0, 6):
+        fake: Any = SimpleNamespace(is_global_zero=True, run=SimpleNamespace(path=tmp_path), logger=Logger())
+        figures, editor = Figures(), SimpleNamespace(passes=lambda: [3], outcomes=[outcome("v", 0, 4, 3)])
+        figures.on_stream_start(fake, None, 10)  # type: ignore[arg-type]
+        if resumed:
+            figures.on_stream_resumed(fake, None, [{}] * resumed)  # type: ignore[arg-type]
+        figures.on_edits_committed(fake, editor, [])  # type: ignore[arg-type]
+        figures.on_stream_end(fake, None, {"edits": 4 + resumed})  # type: ignore[arg-type]
+    assert [title.partition(":")[0] for title in titles] == [
+        "Loss of 4 edits",
+        "Loss of 4 edits, since the run was resumed after 6",
+    ]
+
+
 def test_no_figure_is_left_in_pyplot(tmp_path: Path) -> None:
     draw(tmp_path, [[outcome("v", 0, 4, 3)]], REPORT)
     pyplot = sys.modules.get("matplotlib.pyplot")

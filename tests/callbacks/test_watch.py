@@ -105,7 +105,7 @@ def test_checks_say_what_the_weights_are(tmp_path: Path, gpt2_base: LanguageMode
     watch = CollapseWatch(every=2, thresholds=NONE, texts=texts)
     made = fit(make("ROME", gpt2_base, (1,)), EDITS[:5], tmp_path, Witness(), watch, batch_size=1)
     checks = made.run.health.records()
-    assert [line["edits"] for line in checks] == [0, 2, 4]
+    assert [line["edits"] for line in checks] == [0, 2, 4, 5], "the end of the stream is checked too"
     assert set(checks[0]["drift"]) == {"transformer.h.1.mlp.c_proj.weight"}
     assert checks[0]["retention"] is None
     assert all(value == 0.0 for value in checks[0]["together"].values())
@@ -116,8 +116,9 @@ def test_checks_say_what_the_weights_are(tmp_path: Path, gpt2_base: LanguageMode
         assert line["perplexity"] == pytest.approx(want["perplexity"], rel=1e-5)
         assert line["warnings"] == []
     edits = made.run.records()
-    norms = [edits[i]["stages"][0]["delta/mlp"] for i in (2, 3)]
-    assert checks[2]["delta_norm"] == {"mlp": pytest.approx(sum(norms) / 2)}
+    norms = [edits[i]["stages"][0]["delta/mlp"] for i in (2, 3, 4)]
+    assert checks[2]["delta_norm"] == {"mlp": pytest.approx(sum(norms[:2]) / 2)}
+    assert checks[3]["delta_norm"] == {"mlp": pytest.approx(norms[2])}
     assert checks[1]["perplexity"] != checks[0]["perplexity"]
 
 
@@ -271,6 +272,35 @@ def test_it_goes_on_as_if_never_interrupted(
     assert broken.run.health.records() == whole.run.health.records()
     assert [line["edits"] for line in broken.run.health.records()] == [0, 2, 4, 6]
     assert sum("frobenius" in record.getMessage() for record in caplog.records) == 1, "said before the kill"
+
+
+@pytest.mark.parametrize("at", [3, 4, "end"])
+def test_the_end_is_checked_once_also_when_resumed(tmp_path: Path, gpt2_base: LanguageModel, at: int | str) -> None:
+    """Stopped by another callback, before the last commit or the end; killed once the end was checked."""
+
+    class Stopped(EditCallback):
+        def on_edits_committed(self, trainer: Any, editor: Any, records: Any) -> None:
+            trainer.stop_stream |= len(trainer.run.records()) == at
+
+        def on_stream_end(self, trainer: Any, editor: Any, report: Any) -> None:
+            if at == "end":
+                raise RuntimeError
+
+    def editing(name: str, *more: EditCallback, **settings: Any) -> EditTrainer:
+        gpt2_base.restore()
+        made = measuring(tmp_path / name, CollapseWatch(every=9), *more)
+        module = EditDataModule(edits=[edit.as_record() for edit in EDITS[:5]], batch_size=1)
+        try:
+            made.fit(make("ROME", gpt2_base), datamodule=module, **settings)
+        except RuntimeError:
+            assert at == "end"
+        return made
+
+    whole = editing("whole").run.health.records()
+    broken = editing("broken", Stopped()).run
+    assert [line["edits"] for line in whole] == [0, 5]
+    assert len(broken.health.records()) == (2 if at == "end" else 1)
+    assert editing("broken", resume=str(broken.path)).run.health.records() == whole
 
 
 @pytest.mark.parametrize(("action", "restore_every"), [("warn", 2), ("stop", None)])

@@ -1,6 +1,7 @@
 """RETS: the relation's last token, and second moments that the prompts of a data set join."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from kedit_lightning.edits import Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.key_pass import KeyPass
+from kedit_lightning.models.prompt_statistics import PromptStatistics
 from kedit_lightning.models.statistics import Statistics
 from tests.commandline import World, done, kedit, write
 from tests.editors.fitting import TEMPLATES, fit, make
@@ -163,6 +165,17 @@ def test_the_constraint_is_found_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert not torch.allclose(one, two)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         rets(tiny_base("gpt2"), tmp_path, PROMPTS[:-1]).prepare()
+
+
+def test_only_a_sample_converges(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of documents it is said how much more of them would change; the prompts are all there are."""
+    prompts = [f"{i} {PROMPTS[0]}" for i in range(600)]
+    editor = rets(tiny_base("gpt2"), tmp_path, prompts, constraint_moment="mean")
+    for statistics, said in ((editor.statistics, True), (PromptStatistics.like(editor.statistics, prompts), False)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            statistics.second_moments(editor.base, [SITE])
+        assert ("held-out keys" in caplog.text) == said
 
 
 def test_the_constraint_alone_reads_no_documents(tmp_path: Path) -> None:

@@ -54,6 +54,17 @@ def test_a_bias_has_a_drift_too() -> None:
     assert weight_drift(torch.ones(4), 3 * torch.ones(4))["spectral"] == pytest.approx(2.0)
 
 
+def test_relative_to_a_bias_of_zeros_nothing_has_drifted_but_together_it_counts() -> None:
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    assert weight_drift(zeros, ones) == weight_drift(zeros, zeros) == dict.fromkeys(drift.MEASURES, 0.0)
+    assert all(math.isnan(value) for value in weight_drift(zeros, ones * math.inf).values())
+    together = WeightDrift()
+    together.update(zeros, ones)
+    together.update(ones, ones)
+    found = {name: float(value) for name, value in together.compute().items()}
+    assert found == {"l1": 1.0, "l1_change": 1.0, "frobenius": 1.0, "spectral": 0.0}
+
+
 def spectrum(values: Tensor, out: int, inner: int) -> Tensor:
     """A matrix of these singular values."""
     rng = torch.Generator().manual_seed(1)

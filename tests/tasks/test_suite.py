@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from kedit_lightning.almanac import tasks as almanac
 from kedit_lightning.errors import DataError, KeditError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.generation import generate
-from kedit_lightning.tasks import ALMANAC, Tasks, retained, scores
+from kedit_lightning.tasks import ALMANAC, TASKS, Tasks, retained, scores
 from tests.families import tiny_base
 
 
@@ -143,4 +144,16 @@ def test_the_end_of_a_text_ends_an_answer(base):
     texts = generate(base, ["Passage: Ann hid the key in the park. Question: Where is the key? Answer:"],
                      max_new_tokens=12, top_k=None, until_end=True)  # fmt: skip
     assert len(texts[0].split()) == 1
+    marked = generate(base, ["Passage: Ann hid the key in the park. Question: Where is the key? Answer:", "The"],
+                      max_new_tokens=[12, 1], top_k=None, until_end=True, end_text="<end>")  # fmt: skip
+    assert marked[0] == f"{texts[0]}<end>"
+    assert not marked[1].endswith("<end>"), "it has not ended"
+    ends = {}
+    for scorer in ("legacy", "strict"):
+        tasks = Tasks(["questions"], items=3, scorer=scorer)
+        tasks.load()
+        task, (_, items) = replace(TASKS["questions"], new_tokens=12), tasks._items("questions")
+        found = tasks._answers(base, task, items, lambda _: None)
+        ends[scorer] = {answer.text.endswith(base.tokenizer.eos_token) for answer in found}
+    assert ends == {"legacy": {True}, "strict": {False}}
     assert torch.is_grad_enabled()

@@ -164,3 +164,20 @@ def test_summaries():
     _, numbers = TASKS["samsum"].scores(found, "legacy")  # " Ann " is left of the first, nothing of the second
     assert numbers["rouge1"] == pytest.approx((2 * 1 * 0.25 / 1.25) / 2)
     assert numbers["rouge2"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "rouge"),
+    [
+        (" Ann and Bob greet<|endoftext|>", 1),  # whole, as it ended by itself
+        (" Ann and Bob greet in the train", 1),  # its last words are cut off
+        (" So. TL;DR: Ann and Bob greet<|endoftext|>", 1),
+        (" A<|endoftext|>", 0),
+        ("A<|endoftext|>", 0),
+    ],
+)
+def test_a_summary_in_legacy(text, rouge):
+    """What the script keeps of a generation, decoded with its end-of-text token."""
+    record = {"dialogue": "A: Hi", "summary": "Ann and Bob greet"}
+    _, numbers = TASKS["samsum"].scores(answers("samsum", [(record, text, ())]), "legacy")
+    assert numbers["rouge"] == pytest.approx(rouge)
