@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -15,7 +17,8 @@ from kedit_lightning.data.prompts import edit_batch
 from kedit_lightning.edits import Part, Site, Token
 from kedit_lightning.errors import ModelError
 from kedit_lightning.models import Batch, LanguageModel
-from kedit_lightning.models.suffix import FullForward, SuffixForward
+from kedit_lightning.models.full import FullForward
+from kedit_lightning.models.suffix import GROUP_COSTS, SuffixForward
 from tests.families import EDITS, LAYERS, WIDTH, WINDOW, build, tiny_base
 from tests.families import tokenizer as make_tokenizer
 from tests.models.test_language_model import OTHERS, bits, hooks, same_bits
@@ -186,16 +189,15 @@ def test_read_with_sites_up_to_the_last_layer(gpt2_base: LanguageModel) -> None:
 # ---------------------------------------------------------------------- what is run
 
 
-def count(base: LanguageModel, call: Any) -> dict[int, int]:
-    """Tokens that each block's attention sees during a call."""
+def count(base: LanguageModel, call: Any, part: Part = "attn") -> dict[int, int]:
+    """Tokens that run through each block's last linear map of a part during a call."""
     seen: dict[int, int] = {}
 
-    def watch(layer: int, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        seen[layer] = seen.get(layer, 0) + hidden.shape[0] * hidden.shape[1]
+    def watch(layer: int, key: Tensor) -> None:
+        seen[layer] = seen.get(layer, 0) + key.numel() // key.shape[-1]
 
     watched = [
-        base.module(Site(layer, "attn")).register_forward_hook(lambda _, __, output, layer=layer: watch(layer, output))
+        base.linear(Site(layer, part)).register_forward_hook(lambda _, args, __, layer=layer: watch(layer, args[0]))
         for layer in range(base.num_layers)
     ]
     call()
@@ -204,28 +206,87 @@ def count(base: LanguageModel, call: Any) -> dict[int, int]:
     return seen
 
 
-@pytest.mark.parametrize(("part", "first"), [("mlp", 2), ("attn", 2), ("block", 3)])
-def test_only_what_can_change_is_run(base: LanguageModel, part: Part, first: int) -> None:
-    rows, tokens = rows_of(base), {Site(2, part): LAST}
+@pytest.fixture
+def one_group() -> Iterator[None]:
+    with mock.patch.dict(GROUP_COSTS, cpu=10**6):
+        yield
+
+
+@pytest.mark.usefixtures("one_group")
+@pytest.mark.parametrize("part", PARTS)
+def test_only_what_can_change_is_run(base: LanguageModel, part: Part) -> None:
+    """In the first layer what comes after the vectors, in the last what is read."""
+    rows, tokens = rows_of(base), {Site(1, part): LAST}
     b, t = rows.input_ids.shape
     suffixes = rows.attention_mask.sum(1) - rows.at[LAST]
     full, suffix = (kind(base, rows, positions(rows, tokens)) for kind in (FullForward, SuffixForward))
-    at = places(rows, tokens)
-    assert count(base, lambda: full.logits({}, at)) == dict.fromkeys(range(LAYERS), b * t)
-    assert count(base, lambda: suffix.logits({}, at)) == dict.fromkeys(range(first, LAYERS), b * int(suffixes.max()))
+    at = torch.arange(b), rows.attention_mask.sum(1) - 1
+    q = b * int(suffixes.max())
+    for mine in ("attn", "mlp"):
+        assert count(base, lambda: full.logits({}, at), mine) == dict.fromkeys(range(LAYERS), b * t)
+        first = {} if part == "block" or mine == "attn" or part == "mlp" else {1: q}
+        assert count(base, lambda: suffix.logits({}, at), mine) == first | {2: q, 3: b}
     wanted = {Site(3, "attn"): rows.at[LAST]}
-    assert count(base, lambda: suffix.read({}, wanted)) == dict.fromkeys(range(first, LAYERS), b), "one token a row"
+    assert count(base, lambda: suffix.read({}, wanted)) == {2: b, 3: b}, "one token a row"
 
 
+@pytest.mark.usefixtures("one_group")
+def test_rows_that_are_not_read_do_not_run(base: LanguageModel) -> None:
+    rows = rows_of(base)
+    suffix = SuffixForward(base, rows, positions(rows, {Site(1): LAST}))
+    some = torch.tensor([3, 11, 3])
+    at = some, torch.stack([rows.at[LAST][3], rows.at[LAST][11], rows.at[END][3]])
+    q = 1 + int((at[1] - rows.at[LAST][some]).max())
+    assert count(base, lambda: suffix.logits({}, at)) == {2: 2 * q, 3: 2 * 2}
+    full = FullForward(base, rows, positions(rows, {Site(1): LAST}))
+    added = vectors_for(rows, {Site(1): LAST})
+    close(logits_and_gradients(suffix, added, at), logits_and_gradients(full, added, at))
+
+
+def test_groups_of_similar_length(base: LanguageModel) -> None:
+    """Rows run beside rows of like length, in whatever order they came, and the head once for all."""
+    rows = rows_of(base)
+    b, suffixes = len(rows), rows.attention_mask.sum(1) - rows.at[LAST]
+    head: list[int] = []
+    hook = base.model.get_output_embeddings().register_forward_hook(lambda _, args, __: head.append(args[0].shape[1]))
+    with mock.patch.dict(GROUP_COSTS, cpu=0):
+        suffix = SuffixForward(base, rows, positions(rows, {Site(1): LAST}))
+        at = torch.arange(b), rows.attention_mask.sum(1) - 1
+        assert count(base, lambda: suffix.logits({}, at))[2] == int(suffixes.sum()) < b * int(suffixes.max())
+        assert head == [b]
+        hook.remove()
+        check_logits(base, {Site(1): LAST})
+
+
+def test_edits_side_by_side_keep_their_rows(base: LanguageModel) -> None:
+    """Updates that hold in an edit's own rows alone, in groups, in rows that are read and at tokens that are read."""
+    rows = rows_of(base)
+    rows = replace(rows, owner=torch.arange(len(rows)) % 3 - 1)
+    generator = torch.Generator().manual_seed(0)
+    for edit, layer, part in product((0, 1), (0, 2, 3), ("attn", "mlp")):
+        name = base.name(Site(layer, part))
+        out, inner = base.weight(name).shape
+        left, right = torch.randn(out, 1, generator=generator), torch.randn(inner, 1, generator=generator)
+        base.side_by_side.write(edit, name, left, right)
+    with mock.patch.dict(GROUP_COSTS, cpu=0):
+        full, suffix = (kind(base, rows, positions(rows, {Site(1): LAST})) for kind in (FullForward, SuffixForward))
+    added, every = vectors_for(rows, {Site(1): LAST}), torch.arange(len(rows))
+    for at in (places(rows, {Site(1): LAST}), (every[5:7], rows.at[END][5:7])):
+        close(logits_and_gradients(suffix, added, at), logits_and_gradients(full, added, at))
+    base.side_by_side.clear()
+    assert (suffix.logits({}, at) - full.logits({}, at)).norm() > 1e-3, "updates show, what is kept was made with them"
+
+
+@pytest.mark.usefixtures("one_group")
 def test_layers_above_the_last_are_never_run(base: LanguageModel) -> None:
     rows, forwards = rows_of(base), []
     b, t = rows.input_ids.shape
-    build_one = lambda: forwards.append(SuffixForward(base, rows, {Site(1): rows.at[LAST]}, 2))  # noqa: E731
+    build_one = lambda: forwards.append(SuffixForward(base, rows, {Site(0, "block"): rows.at[LAST]}, 2))  # noqa: E731
     assert count(base, build_one) == dict.fromkeys(range(3), b * t)
     wanted = {Site(2, "block"): rows.at[END]}
     q = int((rows.at[END] - rows.at[LAST]).max()) + 1
-    assert count(base, lambda: forwards[0].read({}, wanted)) == dict.fromkeys([1, 2], b * q)
-    assert count(base, lambda: forwards[0].read({}, {Site(1): rows.at[END]})) == {1: b * q}
+    assert count(base, lambda: forwards[0].read({}, wanted)) == {1: b * q, 2: b}
+    assert count(base, lambda: forwards[0].read({}, {Site(1): rows.at[END]})) == {1: b}
     assert count(base, lambda: FullForward(base, rows, {}).read({}, wanted)) == dict.fromkeys(range(3), b * t)
 
 
@@ -285,6 +346,7 @@ def test_model_is_left_as_it_was(base: LanguageModel) -> None:
     assert torch.equal(base.logits(rows), plain)
 
 
+@pytest.mark.usefixtures("one_group")
 def test_a_forward_that_stood_on_the_block_stands_again(gpt2_base: LanguageModel) -> None:
     """A device map gives blocks a forward of their own."""
     rows, block = rows_of(gpt2_base), gpt2_base.layers[0]
