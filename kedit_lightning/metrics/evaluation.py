@@ -22,6 +22,8 @@ class Evaluation:
         generation_length: Length of a written text in tokens, its prompt included.
         max_tokens: Tokens of a batch, padding included; less needs less memory.
         seed: Seed of the written texts; each case and prompt has a random stream of its own.
+        cache: Keep what the unedited model answers and scores in the cache, for later runs of the same base model,
+            edits, settings and libraries.
 
     Raises:
         KeditError: A number of tokens is below 1.
@@ -31,6 +33,7 @@ class Evaluation:
     generation_length: int = 100
     max_tokens: int = 8192
     seed: int = 0
+    cache: bool = True
 
     def __post_init__(self) -> None:
         """Refuse lengths that mean nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice, product
@@ -93,8 +93,13 @@ class Evaluator:
         """Take in what `references` gave in an earlier process."""
         self._references |= dict(zip(map(identity, edits), references, strict=True))
 
-    def answers(self, edits: Sequence[Edit]) -> list[str]:
-        """Greedy answers to the edit prompts on one line each, one token longer than the new target."""
+    def answers(self, edits: Sequence[Edit], owners: Sequence[int] | None = None) -> list[str]:
+        """Greedy answers to the edit prompts on one line each, one token longer than the new target.
+
+        Args:
+            edits: The edits.
+            owners: As in `update`.
+        """
         with self._naming(edits):
             lengths = [len(self.base.encode(edit.text, edit.target_new).targets) + 1 for edit in edits]
         texts = generate(
@@ -103,6 +108,7 @@ class Evaluator:
             max_new_tokens=lengths,
             top_k=None,
             max_tokens=self.settings.max_tokens,
+            owners=owners,
         )
         return [" ".join(text.split()) for text in texts]
 
@@ -113,6 +119,8 @@ class Evaluator:
         progress: Callable[[int], None] | None = None,
         edited: Sequence[Edit] | None = None,
         texts: bool = True,
+        owners: Sequence[int] | None = None,
+        answers: Sequence[str] | None = None,
     ) -> list[dict[str, float]]:
         """Score edits on the model as it is now.
 
@@ -122,21 +130,27 @@ class Evaluator:
             progress: Called with the number of edits done.
             edited: The edits made together, whose relations are left out of relation specificity; default: `edits`.
             texts: Whether the model is also let write, where the settings say so.
+            owners: The number of each edit where they are side by side (`SideBySide`), each the only one that its rows
+                know of; -1 where it was not made.
+            answers: What `answers` gives for these edits, where that is known already.
 
         Returns:
             For each edit its values by reported name, with ``p_new`` and ``p_true``: the geometric-mean token
             probabilities of the two answers to the edit prompt. What a record cannot tell is left out.
         """
-        relations = edited_relations(edits if edited is None else edited)
+        together = edited_relations(edits if edited is None else edited)
         lines: list[dict[str, float]] = []
         texts = texts and self.settings.generation
         chunk = WRITING if texts else CHUNK
         for start in range(0, len(edits), chunk):
             part = edits[start : start + chunk]
+            mine = None if owners is None else owners[start : start + chunk]
+            relations = [together] * len(part) if mine is None else [edited_relations([edit]) for edit in part]
             with self._naming(part):
-                probabilities = self._rewrite(metrics, part, relations)
+                probabilities = self._rewrite(metrics, part, relations, mine)
                 if texts:
-                    self._write(metrics, part)
+                    said = self.answers(part, mine) if answers is None else answers[start : start + chunk]
+                    self._write(metrics, part, said, mine)
             latest = metrics.latest()
             lines += [latest[identity(edit)] | pair for edit, pair in zip(part, probabilities, strict=True)]
             if progress is not None:
@@ -169,15 +183,20 @@ class Evaluator:
             raise
 
     def _rewrite(
-        self, metrics: EditMetrics, edits: Sequence[Edit], relations: set[tuple[str, str]]
+        self,
+        metrics: EditMetrics,
+        edits: Sequence[Edit],
+        relations: Sequence[Set[tuple[str, str]]],
+        owners: Sequence[int] | None,
     ) -> list[dict[str, float]]:
         """Teacher-forced metrics; returns the probabilities of the two answers to each edit prompt."""
         asked: dict[str, list[Question]] = {}
-        for edit in edits:
-            for name, found in questions(edit, self._references, relations).items():
+        for edit, edited in zip(edits, relations, strict=True):
+            for name, found in questions(edit, self._references, edited).items():
                 asked.setdefault(name, []).extend(found)
         flat = [question for found in asked.values() for question in found]
-        new, other, top = self._ask(flat)
+        owner = dict(zip(map(identity, edits), owners or (), strict=False))
+        new, other, top = self._ask(flat, [owner[question.case] for question in flat] if owner else None)
         start = 0
         for name, found in asked.items():
             rows = slice(start, start := start + len(found))
@@ -196,12 +215,15 @@ class Evaluator:
         named = [{"p_new": p_new, "p_true": p_true} for p_new, p_true in list(pairs)[: len(edits)]]
         return [{name: p for name, p in pair.items() if not math.isnan(p)} for pair in named]
 
-    def _ask(self, asked: Sequence[Question]) -> tuple[PromptScores, PromptScores, PromptScores]:
+    def _ask(
+        self, asked: Sequence[Question], owners: Sequence[int] | None
+    ) -> tuple[PromptScores, PromptScores, PromptScores]:
         """Scores of the new answers, the others and the former arg-maxes, nan where there is none."""
         answers = [answer for question in asked for answer in (question.new, question.other, question.top)]
         prompts = [question.prompt for question in asked for _ in range(3)]
         there = [i for i, answer in enumerate(answers) if answer is not None]
-        scores = self.scorer.score([prompts[i] for i in there], [answers[i] for i in there])  # type: ignore[misc]
+        mine = None if owners is None else [owners[i // 3] for i in there]
+        scores = self.scorer.score([prompts[i] for i in there], [answers[i] for i in there], mine)  # type: ignore[misc]
 
         def spread(column: Tensor) -> Tensor:
             return torch.full((len(answers),), math.nan).index_put((torch.tensor(there),), column.float())
@@ -209,10 +231,12 @@ class Evaluator:
         full = PromptScores(*(spread(getattr(scores, name)) for name in PromptScores.__dataclass_fields__))
         return full[0::3], full[1::3], full[2::3]
 
-    def _write(self, metrics: EditMetrics, edits: Sequence[Edit]) -> None:
+    def _write(
+        self, metrics: EditMetrics, edits: Sequence[Edit], answers: Sequence[str], owners: Sequence[int] | None
+    ) -> None:
         """Metrics of free generation."""
         cases = torch.tensor([identity(edit) for edit in edits])
-        hits = [says(answer, edit.target_new) for answer, edit in zip(self.answers(edits), edits, strict=True)]
+        hits = [says(answer, edit.target_new) for answer, edit in zip(answers, edits, strict=True)]
         metrics.metric("efficacy/generated").update(cases, torch.tensor(hits))
         keys = [(edit, i) for edit in edits for i in range(len(edit.generation_prompts))]
         seeds = [random.Random(f"{self.settings.seed}/{identity(e)}/{i}").getrandbits(63) for e, i in keys]
@@ -224,6 +248,7 @@ class Evaluator:
             seed=seeds,
             max_tokens=self.settings.max_tokens,
             with_prompt=True,
+            owners=None if owners is None else [owners[edits.index(edit)] for edit, _ in keys],
         )
         texts: dict[int, list[str]] = {identity(edit): [] for edit in edits}
         for (edit, _), text in zip(keys, generated, strict=True):

@@ -66,9 +66,30 @@ def prompt_scores(logits: Tensor, targets: Tensor, row: Tensor, n: int) -> Promp
         row: The prompt of each target token, shape ``(m,)``.
         n: Number of prompts.
     """
+    return gather_scores(*token_scores(logits, torch.arange(len(targets), device=row.device), targets), row, n)
+
+
+def token_scores(logits: Tensor, line: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p of m target tokens in float32, and 1 where one is the arg-max; both of shape ``(m,)``.
+
+    Args:
+        logits: Logits, shape ``(p, vocabulary)``.
+        line: The line of logits that predicts each target token, shape ``(m,)``.
+        targets: The target tokens, shape ``(m,)``.
+    """
     logits = logits.float()
-    nll = logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
-    hit = (logits.argmax(dim=-1) == targets).long()
+    return logits.logsumexp(dim=-1)[line] - logits[line, targets], (logits.argmax(dim=-1)[line] == targets).long()
+
+
+def gather_scores(nll: Tensor, hit: Tensor, row: Tensor, n: int) -> PromptScores:
+    """Columns of n prompts from `token_scores`.
+
+    Args:
+        nll: -log p of m target tokens, shape ``(m,)``.
+        hit: 1 where one is the arg-max, shape ``(m,)``.
+        row: The prompt of each, shape ``(m,)``.
+        n: Number of prompts.
+    """
     return PromptScores(
         nll.new_zeros(n).index_add(0, row, nll),
         nll.new_full((n,), -math.inf).scatter_reduce(0, row, nll, "amax"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import unicodedata
 from collections.abc import Sequence
-from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ def generate(
     max_tokens: int = 8192,
     with_prompt: bool = False,
     until_end: bool = False,
+    end_text: str = "",
+    owners: Sequence[int] | None = None,
 ) -> list[str]:
     """Continue prompts; the end-of-text token is a token like others, left out of the text.
 
@@ -45,6 +47,8 @@ def generate(
         max_tokens: Budget of a batch.
         with_prompt: Return prompt and continuation rather than the continuation alone.
         until_end: Cut a continuation at its first end-of-text token.
+        end_text: What then stands in that token's place.
+        owners: The edit that each prompt is of, where edits are side by side (`Row.owner`).
 
     Returns:
         One text a prompt, special tokens left out.
@@ -65,11 +69,11 @@ def generate(
         wanted = list(max_new_tokens or ())
     new = [max(0, min(n, base.max_length - len(row))) for n, row in zip(wanted, rows, strict=True)]
     seeds = _seeds(seed, len(rows)) if isinstance(seed, int) else seed
-    tails = _continue(base, rows, new, top_k, seeds, max_tokens)
-    if until_end:
-        end = base.tokenizer.eos_token_id
-        tails = [list(takewhile(lambda token: token != end, tail)) for tail in tails]
-    texts = [_tail_text(base, row, tail) for row, tail in zip(rows, tails, strict=True)]
+    tails = _continue(base, rows, new, top_k, seeds, max_tokens, owners)
+    texts = []
+    for row, tail in zip(rows, tails, strict=True):
+        end = tail.index(eos) if until_end and (eos := base.tokenizer.eos_token_id) in tail else len(tail)
+        texts.append(_tail_text(base, row, tail[:end]) + end_text * (end < len(tail)))
     return [prompt + text for prompt, text in zip(prompts, texts, strict=True)] if with_prompt else texts
 
 
@@ -121,6 +125,7 @@ def _continue(
     top_k: int | None,
     seeds: Sequence[int],
     max_tokens: int,
+    owners: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Token ids that follow each row, ``new[i]`` of them."""
     tails: list[list[int]] = [[] for _ in rows]
@@ -129,34 +134,46 @@ def _continue(
     for batch in buckets([len(rows[i]) for i in wanted], max_tokens, extra):
         at = [wanted[j] for j in batch]
         noise = None if top_k is None else _noise([seeds[i] for i in at], max(new[i] for i in at), top_k)
-        found = _steps(base, [rows[i] for i in at], max(new[i] for i in at), noise)
+        owner = torch.tensor([-1 if owners is None else owners[i] for i in at])
+        found = _steps(base, [rows[i] for i in at], torch.tensor([new[i] for i in at]), noise, owner)
         for i, tail in zip(at, found.tolist(), strict=True):
             tails[i] = tail[: new[i]]
     return tails
 
 
-def _steps(base: LanguageModel, rows: Sequence[list[int]], steps: int, noise: Tensor | None) -> Tensor:
-    """The next tokens of left-padded rows, on the CPU, shape ``(b, steps)``."""
+def _steps(base: LanguageModel, rows: Sequence[list[int]], new: Tensor, noise: Tensor | None, owner: Tensor) -> Tensor:
+    """The next tokens of left-padded rows, on the CPU, shape ``(b, steps)``; of each row the first ``new[i]`` count.
+
+    Rows that have theirs leave once they are half of those that are run.
+    """
     width, device = max(len(row) for row in rows), base.device
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    position, cache, found = (mask.cumsum(dim=1) - 1).clamp(min=0), None, []
-    for step in range(steps):
-        output = base.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    position = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache: Any = None
+    found = torch.zeros(len(rows), int(new.max()), dtype=torch.long, device=device)
+    run = torch.arange(len(rows))
+    for step in range(found.shape[1]):
+        going = new[run] > step
+        if 2 * int(going.sum()) <= len(run):
+            run, stay = run[going], going.nonzero()[:, 0].to(device)
+            ids, mask, position = ids[stay], mask[stay], position[stay]
+            cache.reorder_cache(stay)
+        with base.side_by_side.rows(owner[run]):
+            output = base.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         cache = output.past_key_values
-        ids = _choose(output.logits[:, -1].float(), None if noise is None else noise[:, step]).to(device)
-        found.append(ids)
+        ids = _choose(output.logits[:, -1].float(), None if noise is None else noise[run, step]).to(device)
+        found[run, step] = ids[:, 0]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        # A row that has its tokens already runs on with its batch; its surplus is cut off later.
         position = (position[:, -1:] + 1).clamp(max=base.max_length - 1)
-    return torch.cat(found, dim=1).cpu()
+    return found.cpu()
 
 
 def _choose(logits: Tensor, noise: Tensor | None) -> Tensor:

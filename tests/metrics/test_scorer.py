@@ -41,7 +41,12 @@ def test_the_token_budget_does_not_change_scores(base, max_tokens):
 def test_rows_that_begin_other_rows_need_no_forward_pass_of_their_own(base, monkeypatch):
     seen = []
     logits = base.logits
-    monkeypatch.setattr(base, "logits", lambda batch, at: seen.append(len(batch)) or logits(batch, at))
+
+    def counted(batch, at, past):
+        seen.append(len(batch.input_ids))
+        return logits(batch, at, past=past)
+
+    monkeypatch.setattr(base, "logits", counted)
     prompt = "The mother tongue of Ann is"
     scores = Scorer(base).score([prompt] * 4, ["Dutch", "Du", 5, "Danish"])
     assert sum(seen) == 2
@@ -58,16 +63,16 @@ def test_the_nll_of_a_token_equals_that_of_its_text(base):
     torch.testing.assert_close(by_id.nll_sum, torch.tensor(expected))
 
 
-def test_the_head_is_run_on_target_positions_only(base):
+def test_the_head_is_run_once_on_each_target_position(base):
     seen = []
     hook = base.model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[:-1].numel()))
     try:
         answer = base.tokenizer(" Dutch")["input_ids"]
-        Scorer(base).score(["It is", "The mother tongue of Ann is"], ["Dutch", "Dutch"])
-        Scorer(base).next_token(PROMPTS)
+        Scorer(base).score(["It is", "The mother tongue of Ann is", "It is"], ["Dutch", "Dutch", 7])
+        Scorer(base).next_token(["It is", "It is"])
     finally:
         hook.remove()
-    assert seen == [2 * len(answer), len(PROMPTS)]
+    assert seen == [2 * len(answer), 1]
 
 
 def test_white_space_at_the_end_of_a_prompt_is_not_scored(base):

@@ -66,6 +66,21 @@ def test_lengths_may_differ_by_prompt(base):
     assert texts == [greedy(base, prompt, n) for prompt, n in zip(PROMPTS, (0, 3, 6), strict=True)]
 
 
+def test_rows_that_are_done_leave(base):
+    seen = []
+    hook = base.model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(len(given["input_ids"])), with_kwargs=True
+    )
+    prompts, lengths = [*PROMPTS, "Ann"], [1, 6, 2, 9]
+    try:
+        texts = generate(base, prompts, max_new_tokens=lengths, seed=[1, 2, 3, 4])
+    finally:
+        hook.remove()
+    assert seen == [4, 4, 2, 2, 2, 2, 1, 1, 1]
+    alone = zip(prompts, lengths, (1, 2, 3, 4), strict=True)
+    assert texts == [generate(base, [prompt], max_new_tokens=n, seed=[seed])[0] for prompt, n, seed in alone]
+
+
 def test_sampled_texts_depend_on_their_seed_alone(base):
     state = torch.get_rng_state()
     together = generate(base, PROMPTS, max_length=40, seed=[1, 2, 3])
