@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from kedit_lightning.errors import DeltaError, ModelError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.fingerprint import checksum, fingerprint
+from kedit_lightning.models.processes import of_first
 from kedit_lightning.writing import write_beside
 
 FORMAT = "kedit-delta-1"
@@ -32,30 +33,55 @@ class WeightDelta:
         left: Left factor, shape ``(out, r)``.
         right: Right factor, shape ``(in, r)``; ``Δ = left rightᵀ``.
         dense: Δ itself, shape ``(out, in)``, instead of the factors.
+        edit: Which edit of its batch it writes; None: all of them.
     """
 
     name: str
     left: Tensor | None = None
     right: Tensor | None = None
     dense: Tensor | None = None
+    edit: int | None = None
 
     @classmethod
-    def low_rank(cls, name: str, left: Tensor, right: Tensor) -> WeightDelta:
+    def low_rank(cls, name: str, left: Tensor, right: Tensor, edit: int | None = None) -> WeightDelta:
         """Update from factors of shapes ``(out, r)`` and ``(in, r)``; kept dense where that is smaller."""
         (out, r), inner = left.shape, right.shape[0]
         if r > out * inner / (out + inner):
             product = right.T if torch.equal(left, torch.eye(out).to(left)) else left.double() @ right.double().T
-            return cls(name, dense=product.float().cpu().contiguous())
-        return cls(name, left.float().cpu().contiguous(), right.float().cpu().contiguous())
+            return cls(name, dense=product.float().cpu().contiguous(), edit=edit)
+        return cls(name, left.float().cpu().contiguous(), right.float().cpu().contiguous(), edit=edit)
 
     @property
     def update(self) -> Tensor:
         """Δ in float32, shape ``(out, in)``; the product is taken in float64."""
         if self.dense is not None:
             return self.dense
+        left, right = self.factors
+        return (left.double() @ right.double().T).float()
+
+    def of_first_process(self) -> WeightDelta:
+        """The same as the first process has solved it, in all of them."""
+        if self.dense is not None:
+            return replace(self, dense=of_first(self.dense))
+        left, right = map(of_first, self.factors)
+        return replace(self, left=left, right=right)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Left and right factor, shapes ``(out, r)`` and ``(in, r)``; of a dense update itself and the identity."""
+        if self.dense is not None:
+            return self.dense, torch.eye(self.dense.shape[1])
         assert self.left is not None
         assert self.right is not None
-        return (self.left.double() @ self.right.double().T).float()
+        return self.left, self.right
+
+    @property
+    def norm(self) -> float:
+        """‖Δ‖ (Frobenius), in float64; of factors without their product."""
+        if self.dense is not None:
+            return float(self.dense.double().norm())
+        grams = [factor.double().T @ factor.double() for factor in self.factors]
+        return float((grams[0] * grams[1]).sum().clamp(min=0).sqrt())
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -68,9 +94,7 @@ class WeightDelta:
         """Shape ``(out, in)`` of the matrix."""
         if self.dense is not None:
             return self.dense.shape[0], self.dense.shape[1]
-        assert self.left is not None
-        assert self.right is not None
-        return self.left.shape[0], self.right.shape[0]
+        return self.factors[0].shape[0], self.factors[1].shape[0]
 
 
 def save(
@@ -123,7 +147,7 @@ def load(path: Path) -> tuple[list[WeightDelta], dict[str, Any]]:
         DeltaError: The file is missing, corrupt, truncated or of another kind.
     """
     header, tensors = _checked(path)
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for key in sorted(key for key in tensors if not key.startswith(MEMORY)):
         where, _, kind = key.rpartition("/")
         found.setdefault(where, {})[kind] = tensors[key]

@@ -15,9 +15,10 @@ from rich.table import Table
 from kedit_lightning.callbacks.console import Console
 from kedit_lightning.callbacks.figures import SCORES as COLOURS
 from kedit_lightning.callbacks.figures import STYLE, blank, headline, keep
-from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.data.datamodule import SIDE_BY_SIDE, EditDataModule, batched
 from kedit_lightning.editors import Editor
 from kedit_lightning.editors.compression import Compression
+from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
@@ -38,7 +39,7 @@ SEED = 0
 
 
 class GammaSearch:
-    """Edits the same facts one by one under every γ, each on the unedited model; `EditTrainer.tune_gamma` drives it.
+    """Edits the same facts under every γ, each by itself, side by side; `EditTrainer.tune_gamma` drives it.
 
     The γ chosen is the largest at which each of reliability, generalization and locality is within ``tolerance`` of
     what the editor reaches without compression. gamma.csv and gamma.png in the run directory hold the scores,
@@ -95,10 +96,12 @@ class GammaSearch:
             try:
                 editor.restore()
                 editor.prepare()
+                editor.side_by_side = True
                 self.measurement.evaluator.references(self.edits)
                 rows = [self._measure(setting, fit) for setting in (None, *self.settings)]
             finally:
-                editor.compress = given
+                editor.compress, editor.side_by_side = given, False
+                editor.base.side_by_side.clear()
                 editor.restore()
             chosen = choose(rows, self.tolerance)
             self._keep(rows, chosen)
@@ -108,19 +111,27 @@ class GammaSearch:
         """The scores of single edits under one γ."""
         editor, evaluator = self.editor, self.measurement.evaluator
         editor.compress, metrics = setting, evaluator.new()
-        for edit in self.edits:
-            editor.restore()
-            try:
-                self.trainer.weight_update.edit(editor, self.datamodule, [edit], fit)
-            except RejectedError:  # it counts as one that changed nothing
-                editor.restore()
-            evaluator.update(metrics, [edit])
+        for block in batched(self.edits, SIDE_BY_SIDE):
+            made = self._edit(block, fit)
+            evaluator.update(metrics, block, owners=[made.index(i) if i in made else -1 for i in range(len(block))])
         found = metrics.compute()
         if missing := [name for name, metric in eac_names().items() if metric not in found]:
             msg = f"tune-gamma needs edits with prompts for {', '.join(missing)}; these records have none"
             raise KeditError(msg)
         scores = {name: found[metric].mean for name, metric in eac_names().items()}
         return {"gamma": None if setting is None else setting.gamma, "edits": len(self.edits), **scores}
+
+    def _edit(self, block: Sequence[Edit], fit: Callable[[], None]) -> list[int]:
+        """Make single edits side by side; which of them are made: one that is rejected counts as changing nothing."""
+        made = list(range(len(block)))
+        while made:
+            self.editor.base.side_by_side.clear()
+            try:
+                self.trainer.weight_update.edit(self.editor, self.datamodule, [block[i] for i in made], fit)
+                break
+            except RejectedError as error:
+                made = [i for place, i in enumerate(made) if place not in error.reasons]
+        return made
 
     def _keep(self, rows: Sequence[Record], chosen: float | None) -> None:
         path: Path = self.trainer.run.path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,9 +16,12 @@ from kedit_lightning.delta import WeightDelta
 from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.lines import Lines, as_lines
 from kedit_lightning.lines import Record as Record
-from kedit_lightning.writing import unwritable, write_beside
+from kedit_lightning.models.processes import first, ranks
+from kedit_lightning.writing import locked, unwritable, write_beside
 
 Commit = tuple[int, list[WeightDelta], Record]
+Content = tuple[int, Sequence[WeightDelta], Record, Mapping[str, Tensor]]
+"""Of a commit: its number, its updates, what it says of itself, and what the editor remembers of it."""
 COMMITS = "deltas/[0-9]*.safetensors"
 """Where the commits of a run lie in its directory."""
 CONFIG, SETTINGS, CONTEXTS, BEFORE, LOCK = "config.yaml", "run.json", "contexts.json", "before.jsonl", "run.lock"
@@ -37,7 +39,8 @@ class RunDirectory:
     rejected has a line too, whose ``commit`` is null and whose ``rejected`` says why.
 
     Args:
-        path: The directory; made when something is first written.
+        path: The directory; made when something is first written. Where there are several processes all call what
+            writes, and the first does it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,49 +84,44 @@ class RunDirectory:
         Raises:
             KeditError: Another process is at work in the directory, or the file system has no locks.
         """
-        with (self.path / LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                msg = f"{self.path}: another process is at work on this run; wait until it has ended"
-                raise KeditError(msg) from error
-            except OSError as error:
-                msg = (
-                    f"{self.path / LOCK}: cannot be locked ({error.strerror}); keep runs on a disk that has file locks"
-                )
-                raise KeditError(msg) from error
+        with locked(self.path / LOCK, f"{self.path}: another process is at work on this run; wait until it has ended"):
             yield
 
-    def commit(
-        self,
-        number: int,
-        deltas: Sequence[WeightDelta],
-        metadata: Record,
-        records: Sequence[Record],
-        memory: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Save an edit batch: the delta file, then its lines of edits.jsonl; both or neither.
+    def commit(self, commits: Sequence[Content], records: Sequence[Record]) -> None:
+        """Save edit batches: the delta files, then the lines of edits.jsonl; all of it or nothing.
+
+        Args:
+            commits: An edit batch, or edits side by side.
+            records: Their lines, and those of edits rejected among them.
 
         Raises:
             KeditError: The disk is full.
         """
-        file = self._file(number)
         try:
-            delta_files.save(file, deltas, metadata, memory)
+            first(lambda: self._save(commits))
             self.lines.append(records)
-        except BaseException:  # an interrupt too: the trainer rolls the weights back, so the commit goes as well
-            file.unlink(missing_ok=True)
+        except BaseException:  # an interrupt too: the trainer rolls the weights back, so the commits go as well
+            for number, *_ in commits if ranks()[0] == 0 else ():  # another may have lost the first, which was done
+                self._file(number).unlink(missing_ok=True)
             raise
+
+    def _save(self, commits: Sequence[Content]) -> None:
+        for number, deltas, metadata, memory in commits:
+            delta_files.save(self._file(number), deltas, metadata, memory)
 
     def recover(self, sizes: Sequence[int]) -> list[Record]:
         """Cut the run back to its last durable edit batch.
 
         Args:
-            sizes: Number of edits in each batch of the stream.
+            sizes: Number of edits in each batch of the stream, or of those side by side.
 
         Returns:
             The lines of the batches that are done.
         """
+        done = first(lambda: self._recover(sizes))
+        return self.lines.records()[:done]
+
+    def _recover(self, sizes: Sequence[int]) -> int:
         done, lines = 0, self.lines.records()
         for size in sizes:
             if done + size > len(lines):
@@ -141,7 +139,7 @@ class RunDirectory:
         stopped = (self.path / name for name in ("metrics.json", "delta.safetensors"))
         for file in {*self.path.glob(COMMITS), *left, *stopped} - kept:
             file.unlink(missing_ok=True)
-        return lines[:done]
+        return done
 
     def _durable(self, number: int) -> bool:
         try:
@@ -152,12 +150,12 @@ class RunDirectory:
 
     def write_json(self, name: str, content: Any) -> None:  # noqa: ANN401 - JSON
         """Write a JSON file beside its place, then rename it there."""
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        write_beside(self.path / name, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        first(lambda: write_beside(self.path / name, lambda path: path.write_text(text, encoding="utf-8")))
 
     def write_lines(self, name: str, records: Sequence[Record]) -> None:
         """Write a JSONL file beside its place, then rename it there."""
-        write_beside(self.path / name, lambda path: path.write_bytes(as_lines(records)))
+        first(lambda: write_beside(self.path / name, lambda path: path.write_bytes(as_lines(records))))
 
     # ------------------------------------------------------------------ reading
 

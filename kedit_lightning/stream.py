@@ -12,11 +12,13 @@ from kedit_lightning import delta as delta_files
 from kedit_lightning import resume
 from kedit_lightning.checkpoints import Checkpoints
 from kedit_lightning.commits import Commits
-from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.data.datamodule import EditDataModule, batched
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
 from kedit_lightning.measurement import Measurement
+from kedit_lightning.models.processes import agreed, first
+from kedit_lightning.planning import parallel
 from kedit_lightning.run import CONTEXTS, SETTINGS, Record, read_deltas
 
 if TYPE_CHECKING:
@@ -67,48 +69,57 @@ class EditStream:
                 nothing is left then of a run that is new.
         """
         with ExitStack() as held:
-            if self.resumed:
-                held.enter_context(self.run.locked())
+            held.callback(setattr, self.editor, "side_by_side", False)
+            with ExitStack() as beginning:
+                if not self.resumed:
+                    first(lambda: beginning.enter_context(self.run.opened()))
+                first(lambda: held.enter_context(self.run.locked()))
                 self._prepare()
-            else:
-                with self.run.opened():
-                    held.enter_context(self.run.locked())
-                    self._prepare()
             yield
 
     def _prepare(self) -> None:
         editor, run = self.editor, self.run
-        here = resume.settings(editor, self.datamodule, self.measurement) | resume.environment(self.trainer)
-        begun = resume.check(run, here, anyway=self.anyway)
+        environment = resume.environment(self.trainer)
+        here = resume.settings(editor, self.datamodule, self.measurement) | environment
+        resume.check_processes(here)
+        begun = first(lambda: resume.check(run, here, anyway=self.anyway))
         self.trainer.tell("on_stream_start", editor, len(self.edits))
         editor.prepare()
+        moments = resume.moments(editor)
+        editor.templates = agreed(editor.templates)
         if begun is None:
-            begun = {**here, "seed": torch.initial_seed(), "budget": editor.budget}
+            own = {"seed": torch.initial_seed(), "budget": editor.budget, "moments": moments}
+            begun = agreed({**here, **own, "parallel_edits": parallel(self.trainer, editor, self.datamodule)})
             run.write_json(CONTEXTS, {"templates": editor.templates})
             run.write_json(SETTINGS, begun)
         else:
-            editor.templates, editor.budget = run.read_json(CONTEXTS)["templates"], begun["budget"]
+            first(lambda: resume.check_moments(run, moments, anyway=self.anyway))
+            editor.templates = run.read_json(CONTEXTS)["templates"]
+        editor.budget, self.parallel = begun["budget"], begun["parallel_edits"]
+        editor.side_by_side = self.parallel > 1
         fingerprint = {"names": editor.names(), "value": here["weights"]}
         self.commits = Commits(self.trainer, editor, self.datamodule, self.fit, begun["seed"], fingerprint)
         if self.resumed:
-            self.lines = run.recover([len(batch) for group in self.groups for batch in group])
+            batches = [len(batch) for group in self.groups for batch in group]
+            blocks = [len(block) for block in batched(self.edits, self.parallel)]
+            self.lines = run.recover(blocks if editor.side_by_side else batches)
             self.trainer.tell("on_stream_resumed", editor, self.lines)
-        self.before = self.measurement.before([_flat(group) for group in self.groups])
+        self.before = self.measurement.before([_flat(group) for group in self.groups], environment)
         self.pre = self.evaluator.collect(self.edits, [line["before"] for line in self.before])
         self.post = self.evaluator.new()
 
     # ------------------------------------------------------------------ edits
 
     def edit(self) -> None:
-        """All edits, group after group of those that the model holds together."""
+        """All edits, group after group of those that the model holds together, or as many groups side by side."""
         self.checkpoints.begin(self.pre)
+        if self.editor.side_by_side:
+            self._edit_side_by_side()
+            return
         for index, group in enumerate(self.groups):
             edits = _flat(group)
             lines = self._there(len(edits))
-            measured = len(lines) == len(edits) and all("answer_after" in line for line in lines)
-            if measured:
-                self.evaluator.collect(edits, [line["after"] for line in lines], self.post)
-            if measured and index < len(self.groups) - 1:
+            if (measured := self._measured(edits, lines)) and index < len(self.groups) - 1:
                 self.commits.again(lines, write=False)
                 continue
             self.editor.restore()
@@ -123,14 +134,39 @@ class EditStream:
             if self.trainer.stop_stream:
                 break
 
+    def _edit_side_by_side(self) -> None:
+        """Blocks of single edits, each edit in its own rows; in the end the weights hold the last, as one by one."""
+        editor, own = self.editor, self.editor.base.side_by_side
+        editor.restore()
+        records: list[Record] = []
+        try:
+            for block in map(list, batched(self.edits, self.parallel)):
+                first, lines = self.commits.done, self._there(len(block))
+                measured = self._measured(block, lines)
+                records = self._batch(block, first, write=not measured)
+                if not measured:
+                    self._measure(first, block, records)
+                if self.trainer.stop_stream:
+                    break
+        finally:
+            own.clear()
+        self.commits.stand(records[-1])
+
+    def _measured(self, edits: Sequence[Edit], lines: Sequence[Record]) -> bool:
+        """Whether a resumed run holds what edits were measured to be; it is taken in."""
+        if len(lines) < len(edits) or not all("answer_after" in line for line in lines):
+            return False
+        self.evaluator.collect(edits, [line["after"] for line in lines], self.post)
+        return True
+
     def _there(self, n: int) -> list[Record]:
         """Lines that a resumed run holds of the next n edits."""
         return self.lines[self.commits.done : self.commits.done + n]
 
-    def _batch(self, batch: list[Edit], group: int) -> list[Record]:
-        """The lines of an edit batch, which is edited unless it is done."""
+    def _batch(self, batch: list[Edit], group: int, *, write: bool = True) -> list[Record]:
+        """The lines of an edit batch, which is edited unless it is done; then it is written again, if it is to be."""
         if lines := self._there(len(batch)):
-            self.commits.again(lines)
+            self.commits.again(lines, write=write)
             if self.commits.done == len(self.lines):
                 self.trainer.tell("on_stream_caught_up", self.editor)
         else:
@@ -142,10 +178,11 @@ class EditStream:
 
     def _measure(self, first: int, edits: list[Edit], records: list[Record]) -> None:
         """Measure the edits since the last restoration, rejected ones too, and complete their lines."""
-        answers = self.evaluator.answers(edits)
+        owners = self.commits.owners if self.editor.side_by_side else None
+        answers = self.measurement.answers(edits, owners)
         after: list[Record] = [{} for _ in edits]
         if self.trainer.evaluate:
-            after = self.measurement.score("after", [edits], self.post)
+            after = self.measurement.score("after", [edits], self.post, owners=owners, answers=answers)
         for record, answer, measured in zip(records, answers, after, strict=True):
             record["answer_after"], record["after"] = answer, measured
         self.run.lines.replace(first, records)
@@ -165,7 +202,7 @@ class EditStream:
             )
             raise KeditError(msg)
         deltas, metadata = read_deltas(self.run.path)
-        delta_files.save(self.run.path / "delta.safetensors", delta_files.merge(deltas), metadata)
+        first(lambda: delta_files.save(self.run.path / "delta.safetensors", delta_files.merge(deltas), metadata))
         metrics = {"pre": self.pre, "post": self.post} if self.trainer.evaluate else {}
         stopped = self.commits.done < len(self.edits)
         return self.measurement.finish(self.commits.done, metrics, len(reasons), stopped=stopped)

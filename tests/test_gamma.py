@@ -37,24 +37,24 @@ def test_the_command_measures_every_gamma_and_leaves_an_overlay(world: World) ->
     done("fit", "--config", config, "--config", run / "gamma.yaml", "--print_config")
 
 
-def test_each_gamma_edits_the_unedited_model_one_fact_at_a_time(tmp_path: Path) -> None:
+def test_each_gamma_edits_every_fact_by_itself_and_no_weight(tmp_path: Path) -> None:
     base = tiny_base("gpt2")
     before = bits(base)
     compress = Compression(v_num_grad_steps1=2, v_num_grad_steps2=2, gamma=80)
     editor = make("ROME", base, compress=compress)
-    seen: list[tuple[Any, int, bool]] = []
+    seen: list[tuple[Any, int, bool, bool]] = []
     made = measuring(tmp_path)
     edit = made.weight_update.edit
 
     def listening(one: ROME, module: Any, batch: Any, fit: Any) -> Any:
-        seen.append((one.compress and one.compress.gamma, len(batch), same(base, before)))
+        seen.append((one.compress and one.compress.gamma, len(batch), one.side_by_side, same(base, before)))
         return edit(one, module, batch, fit)
 
     made.weight_update.edit = listening  # type: ignore[method-assign]
     chosen = made.tune_gamma(editor, data(EDITS[:2]), gammas=[50.0, 90.0], edits=2, tolerance=0.999)
-    assert [gamma for gamma, _, _ in seen] == [None, None, 50.0, 50.0, 90.0, 90.0]
-    assert all(n == 1 and unedited for _, n, unedited in seen)
+    assert seen == [(gamma, 2, True, True) for gamma in (None, 50.0, 90.0)]
     assert same(base, before)
+    assert not editor.side_by_side
     assert editor.compress == compress
     assert chosen in (50.0, 90.0, None)
 

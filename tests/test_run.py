@@ -28,7 +28,7 @@ def names(folder: Path) -> list[str]:
 
 def commit(run: RunDirectory, base: LanguageModel, number: int, group: int = 0, text: str = "Åsa") -> None:
     about = metadata(base, case_ids=[number], number=number, group=group)
-    run.commit(number, [low_rank(base, 1, number)], about, [{"case_id": number, "text": text}])
+    run.commit([(number, [low_rank(base, 1, number)], about, {})], [{"case_id": number, "text": text}])
 
 
 def test_a_commit_is_a_file_and_its_lines(tmp_path: Path, base: LanguageModel) -> None:

@@ -55,7 +55,7 @@ def write_run(
     run = RunDirectory(path)
     for number, (cases, group, deltas) in enumerate(commits):
         about = metadata(base, case_ids=list(cases), group=group, number=number)
-        run.commit(number, deltas, about, [{"case_id": case, "commit": number} for case in cases])
+        run.commit([(number, deltas, about, {})], [{"case_id": case, "commit": number} for case in cases])
     return run
 
 

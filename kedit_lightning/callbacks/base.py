@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 class EditCallback(Callback):
     """A Lightning callback that also hears of the edit stream. All hooks do nothing by default."""
 
+    reads_weights = False
+    """Whether it looks at the edited weights while the stream runs: single edits are then made one by one."""
+
     @property
     def protocol(self) -> Record:
         """What the files of a run depend on, as plain data: a run is resumed with the same, or says what differs."""

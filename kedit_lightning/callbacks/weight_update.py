@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor
 
 from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.data.datamodule import EditDataModule
@@ -16,6 +16,7 @@ from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError, RejectedError
+from kedit_lightning.models import LanguageModel
 from kedit_lightning.solvers import NotFiniteError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class WeightUpdate(EditCallback):
     """Drives `Editor.write`: each Δ is added to the weights before the next is asked for.
 
     Lightning has moved the editor to the CPU by then; the base model, a plain object, is still where it was. What was
-    added is kept until all passes of the edit batch are over.
+    added is kept until all passes of the edit batch are over. Where edits are side by side each Δ holds in its own
+    edit's rows from then on, and no weight is touched.
     """
 
     def __init__(self) -> None:
@@ -66,10 +68,13 @@ class WeightUpdate(EditCallback):
             msg = f"the fit at step {trainer.global_step} took no steps, so there is nothing to write"
             raise RuntimeError(msg)
         with closing(pl_module.write()) as updates, _rejecting(pl_module):
-            for delta in updates:
-                update = delta.update
-                _check_finite(pl_module, delta.name, update)
-                pl_module.base.write(delta.name, update)
+            for solved in updates:
+                delta = solved.of_first_process()
+                if pl_module.side_by_side and delta.edit is None:
+                    msg = f"{type(pl_module).__name__}.write: expected updates of one edit each, side by side"
+                    raise RuntimeError(msg)
+                _check_finite(pl_module, delta)
+                put(pl_module.base, delta, delta.edit if pl_module.side_by_side else None)
                 self.deltas.append(delta)
                 cast("EditTrainer", trainer).tell("on_update_written", pl_module, delta)
         pl_module.settle()
@@ -86,9 +91,27 @@ def _rejecting(editor: Editor) -> Iterator[None]:
         raise RejectedError(dict.fromkeys(range(len(editor.edits)), str(error))) from error
 
 
-def _check_finite(editor: Editor, name: str, update: Tensor) -> None:
-    """See that neither NaN nor infinity gets into a weight, in its own type."""
-    weight = editor.base.master(name)
-    if not (weight + update.to(weight.device)).to(editor.base.weight(name).dtype).isfinite().all():
-        msg = f"the update of {name} is not finite"
+def put(base: LanguageModel, delta: WeightDelta, edit: int | None) -> None:
+    """Add an update to its weight, or to what holds in the rows of one edit."""
+    if edit is None:
+        base.write(delta.name, delta.update)
+    else:
+        left, right = delta.factors
+        base.side_by_side.write(edit, delta.name, left, right)
+
+
+def _check_finite(editor: Editor, delta: WeightDelta) -> None:
+    """See that neither NaN nor infinity gets into a weight, in its own type.
+
+    Raises:
+        RejectedError: An edit that is side by side with others would bring it there; the others would not.
+        NotFiniteError: An update would.
+    """
+    weight, msg = editor.base.weight(delta.name), f"the update of {delta.name} is not finite"
+    if editor.side_by_side and delta.edit is not None:
+        if not math.isfinite(delta.norm) or delta.norm > torch.finfo(weight.dtype).max:
+            raise RejectedError({delta.edit: f"case {editor.edits[delta.edit].case_id}: {msg}"})
+        return
+    master = editor.base.master(delta.name)
+    if not (master + delta.update.to(master.device)).to(weight.dtype).isfinite().all():
         raise NotFiniteError(msg)

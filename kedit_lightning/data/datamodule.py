@@ -16,6 +16,9 @@ from kedit_lightning.data.protocols import OnConflict, protocol_name, without_co
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import DataError
 
+SIDE_BY_SIDE = 64
+"""Edits made side by side where their number is left open: what a crash can cost, and enough to fill a machine."""
+
 
 class EditDataModule(LightningDataModule):
     """Streams edit batches to `fit` and the evaluation prompts to `validate` and `test`.
@@ -33,6 +36,9 @@ class EditDataModule(LightningDataModule):
         stop: Record after the last of the stream.
         batch_size: Edits solved together.
         restore_every: After how many edits the weights go back to the unedited model; null: never.
+        parallel_edits: Single edits (``batch_size`` and ``restore_every`` 1) that are made side by side in one fit,
+            each holding in its own rows alone, so that no weight is touched; null: 64 at most, as memory allows; 1: one
+            by one.
         on_bad_record: ``raise``, or ``skip`` malformed records (they are counted and named).
         on_conflict: What becomes of edits that want different answers to one question (subject and relation) in one
             batch: ``raise``, or ``keep_last``, which leaves the earlier ones out (they are counted and named). One by
@@ -55,6 +61,7 @@ class EditDataModule(LightningDataModule):
         stop: int | None = None,
         batch_size: int = 1,
         restore_every: int | None = None,
+        parallel_edits: int | None = None,
         on_bad_record: Literal["raise", "skip"] = "raise",
         on_conflict: OnConflict = "raise",
         options: dict[str, Any] | None = None,
@@ -64,6 +71,7 @@ class EditDataModule(LightningDataModule):
         for value, least, expected in (
             (batch_size, 1, "batch_size ≥ 1"),
             (restore_every, 1, "restore_every ≥ 1 or null"),
+            (parallel_edits, 1, "parallel_edits ≥ 1 or null"),
             (start, 0, "start ≥ 0"),
             (stop, 0, "stop ≥ 0 or null"),
         ):
@@ -76,6 +84,14 @@ class EditDataModule(LightningDataModule):
                 f"data.restore_every to {batch_size} to restore after each batch, or to null to keep all edits"
             )
             raise DataError(msg)
+        self.single = batch_size == restore_every == 1
+        if parallel_edits is not None and parallel_edits > 1 and not self.single:
+            msg = (
+                f"parallel_edits: expected single edits, batch_size and restore_every 1, got {batch_size} and "
+                f"{restore_every}: edits that a model holds together cannot be made side by side; leave it out"
+            )
+            raise DataError(msg)
+        self.parallel_edits = parallel_edits
         self.dataset, self.path, self.given, self.size = dataset, path, edits, size
         self.start, self.stop = start, stop
         self.batch_size, self.restore_every = batch_size, restore_every
@@ -135,8 +151,8 @@ class EditDataModule(LightningDataModule):
     def groups(self) -> Iterator[list[list[Edit]]]:
         """Edit batches between two restorations of the weights."""
         every = self.restore_every or len(self.edits)
-        for group in _batched(self.edits, every):
-            yield [list(batch) for batch in _batched(group, self.batch_size)]
+        for group in batched(self.edits, every):
+            yield [list(batch) for batch in batched(group, self.batch_size)]
 
     def train_dataloader(self) -> Iterable[list[Edit]]:
         """The current edit batch, endlessly: the editor says when its stages are over."""
@@ -170,7 +186,8 @@ def given(datamodule: EditDataModule | None, stage: str) -> EditDataModule:
     return datamodule
 
 
-def _batched(items: Iterable[Edit], n: int) -> Iterator[tuple[Edit, ...]]:
+def batched(items: Iterable[Edit], n: int) -> Iterator[tuple[Edit, ...]]:
+    """The items in tuples of n, of which the last may be shorter."""
     iterator = iter(items)
     while batch := tuple(itertools.islice(iterator, n)):
         yield batch

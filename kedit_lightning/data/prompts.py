@@ -16,6 +16,7 @@ from kedit_lightning.errors import DataError
 from kedit_lightning.models import Batch, LanguageModel, collate
 from kedit_lightning.models.encoding import Row, buckets
 from kedit_lightning.models.generation import sample
+from kedit_lightning.models.processes import first
 
 ESSENCE = "{} is a"
 START_WORDS = ("The", "Therefore", "Because", "I", "You")
@@ -71,11 +72,10 @@ class ContextTemplates:
             starts: list[tuple[str | None, int, int]] = [(word, 1, 10) for word in START_WORDS]
         else:
             starts = [(None, n, length) for length, n in self.context_template_length_params]
-        prefixes = [
-            prefix.replace("{", " ").replace("}", " ")
-            for i, (word, n, length) in enumerate(starts)
-            for prefix in sample(base, word, n, length, seed=self.seed + i)
-        ]
+        sampled = first(  # of several processes, which must have the same
+            lambda: [text for i, start in enumerate(starts) for text in sample(base, *start, seed=self.seed + i)]
+        )
+        prefixes = [prefix.replace("{", " ").replace("}", " ") for prefix in sampled]
         contexts = [f"{prefix}. {{}}" for prefix in prefixes if self.exclude is None or self.exclude not in prefix]
         return [["{}"], contexts] if self.scheme == "memit" and contexts else [["{}", *contexts]]
 
@@ -131,7 +131,8 @@ class EditBatch:
 
     def placed(self, places: Sequence[int]) -> EditBatch:
         """The same batch where what `index` counts are these edits of a larger number."""
-        return replace(self, index=torch.tensor(places)[self.index])
+        index = torch.tensor(places)[self.index]
+        return replace(self, index=index, rows=replace(self.rows, owner=index.to(self.edit.device)[self.edit]))
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Literal
 
@@ -24,6 +25,10 @@ class ClosedForm(StagedTraining):
 
     moments: dict[Site, KeyStatistics]
     """Second moment of the keys of each site that is edited."""
+    can_be_side_by_side = True
+    """Whether edits can be `side_by_side`."""
+    side_by_side = False
+    """Whether the edits know nothing of each other: each is written alone, into its own rows (`SideBySide`)."""
 
     def keys(self, tokens: Mapping[Site, Token], *, bare: bool = False) -> dict[Site, Keys]:
         """Keys of all edits of the batch at tokens of sites, by one forward pass; also those of the bare prompts."""
@@ -67,12 +72,18 @@ class ClosedForm(StagedTraining):
             present = self.present({delta.written_at: delta.token for delta in group.values()})
             for part, delta in group.items():
                 site, now = Site(layer, part), present[delta.written_at]
-                try:
-                    update = self.solve(site, (delta.value.to(now.device) - now) / share, keys[site].mean, weight)
-                except ValueError as error:
-                    msg = f"layer {layer}, {part}: {error}"
-                    raise KeditError(msg) from error
-                yield update
+                residual = (delta.value.to(now.device) - now) / share
+                for edits in self.solved_together():
+                    try:
+                        update = self.solve(site, residual[edits], keys[site].mean[edits], weight)
+                    except ValueError as error:
+                        msg = f"layer {layer}, {part}: {error}"
+                        raise KeditError(msg) from error
+                    yield replace(update, edit=edits.start)
+
+    def solved_together(self) -> list[slice]:
+        """The edits in groups of those that one update writes: all of them, or each by itself where side by side."""
+        return [slice(i, i + 1) for i in range(len(self.edits))] if self.side_by_side else [slice(None)]
 
     def solve(self, site: Site, residual: Tensor, keys: Tensor, weight: float) -> WeightDelta:
         """``Δ = R Kᵀ (λC + K Kᵀ)⁻¹`` for residuals ``(n, d)`` and keys ``(n, k)`` (MEMIT Eq. 14)."""

@@ -79,13 +79,14 @@ class ROME(Editor):
             return
         site, values = self.v.site, self.v.value
         keys = self.keys({site: self.v.token}, bare=True)[site]
-        direction = self.whiten(keys.mean, site)
+        direction, present = self.whiten(keys.mean, site), self.base.project(site, keys.bare)
         for i, request in enumerate(self.edits):
-            present = self.base.project(site, keys.bare[i])
-            residual = values[i].to(present.device) - present
+            residual = values[i].to(present.device) - present[i]
             try:
                 left, right = solvers.constrained(residual, direction[i], keys.bare[i])
             except ValueError as error:
                 msg = f"case {request.case_id}: {error}"
                 raise KeditError(msg) from error
-            yield WeightDelta.low_rank(self.base.name(site), left, right)
+            if not self.side_by_side:
+                present = present + solvers.double(keys.bare) @ right @ left.T
+            yield WeightDelta.low_rank(self.base.name(site), left, right, edit=i)

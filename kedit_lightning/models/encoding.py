@@ -28,11 +28,13 @@ class Row:
         ids: Token ids of the prompt, then of the continuation without its last token; length t.
         targets: Token ids of the continuation, empty where there is none; length m.
         positions: Index of each token rule in ``ids``.
+        owner: The edit that the prompt is of, where edits are side by side (`SideBySide`); -1: of none.
     """
 
     ids: list[int]
     targets: list[int]
     positions: dict[Token, int]
+    owner: int = -1
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Batch:
         attention_mask: 1 at real tokens, shape ``(b, t)``.
         labels: At each position the target token it predicts, -100 elsewhere; shape ``(b, t)``. No shift is needed.
         at: For each token rule the position in every row, shape ``(b,)``.
+        owner: The edit of each row, where edits are side by side; -1: of none; shape ``(b,)``.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     at: dict[Token, Tensor]
+    owner: Tensor
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -61,7 +65,7 @@ class Batch:
 
     def until(self, t: int) -> Batch:
         """The rows cut after their first t tokens; positions beyond are still in ``at``."""
-        return Batch(self.input_ids[:, :t], self.attention_mask[:, :t], self.labels[:, :t], self.at)
+        return Batch(self.input_ids[:, :t], self.attention_mask[:, :t], self.labels[:, :t], self.at, self.owner)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -82,6 +86,7 @@ class Batch:
             mask[:, :t],
             self.labels[rows][:, :t],
             {token: index[rows] for token, index in self.at.items()},
+            self.owner[rows],
         )
 
 
@@ -182,7 +187,8 @@ def collate(rows: Sequence[Row]) -> Batch:
         if row.targets:
             labels[i, n - len(row.targets) : n] = torch.tensor(row.targets)
     shared = [token for token in Token if all(token in row.positions for row in rows)]
-    return Batch(input_ids, mask, labels, {k: torch.tensor([row.positions[k] for row in rows]) for k in shared})
+    at = {token: torch.tensor([row.positions[token] for row in rows]) for token in shared}
+    return Batch(input_ids, mask, labels, at, torch.tensor([row.owner for row in rows]))
 
 
 def buckets(lengths: Sequence[int], max_tokens: int, extra: int = 0) -> list[list[int]]:

@@ -87,7 +87,7 @@ def trainer(folder: Path, *callbacks: EditCallback, **settings: Any) -> EditTrai
 def stream(made: EditTrainer, editor: Editor, edits: Iterable[Edit], **settings: Any) -> EditTrainer:
     """Send edits through an editor; the base model's answers are not asked for."""
     data = EditDataModule(edits=[edit.as_record() for edit in edits], **settings)
-    with patch.object(Evaluator, "answers", lambda _, asked: [""] * len(asked)):
+    with patch.object(Evaluator, "answers", lambda _, asked, owners=None: [""] * len(asked)):
         made.fit(editor, datamodule=data)
     return made
 

@@ -69,7 +69,11 @@ def run(case: Case, dtype: Literal["float32", "bfloat16"] = "float32") -> Run:
     result = Run(editor, unused=unused)
     size = len(case.batches[0])
     data = EditDataModule(
-        "jsonl", edits=case.requests, batch_size=size, restore_every=None if case.meta["mode"] == "seq2" else size
+        "jsonl",
+        edits=case.requests,
+        batch_size=size,
+        restore_every=None if case.meta["mode"] == "seq2" else size,
+        parallel_edits=1,  # the recorder compares each commit as it is made
     )
     data.setup("fit")
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
