@@ -8,6 +8,7 @@ from types import MappingProxyType
 TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "fit": "edit a stream of facts, measured before and after",
+        "plan": "say what `fit` will take before anything runs, and whether it fits",
         "validate": "measure the unedited model",
         "test": "measure an edited model (--delta)",
         "predict": "continue prompts before and after the edits (--delta)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -12,6 +13,8 @@ from kedit_lightning.errors import KeditError
 from kedit_lightning.models.devices import free_memory
 from kedit_lightning.models.key_statistics import ROOMY, KeyStatistics
 from kedit_lightning.models.language_model import LanguageModel
+from kedit_lightning.models.offloading import device_of
+from kedit_lightning.models.processes import gathered
 from kedit_lightning.solvers import woodbury_is_cheaper
 
 CPU_TOKENS = 2048
@@ -23,15 +26,35 @@ SHARE = 0.5
 def token_budget(base: LanguageModel) -> int:
     """Tokens whose forward and backward pass through the model fits into memory, padding included.
 
-    On a GPU from its free memory and what a token's activations take: in each layer about 16 vectors of the model's
-    width and 4 of the key's, and the logits of a token in four. Elsewhere `CPU_TOKENS`.
+    On a GPU from its free memory and what a token's activations take, with the logits of a token in four. Elsewhere
+    `CPU_TOKENS`. Where blocks are spread over several, the fullest is taken to run them all. Several processes take
+    together so many times what the fullest of them does.
     """
-    if base.device.type != "cuda":
-        return CPU_TOKENS
+    tokens = CPU_TOKENS
+    if base.device.type == "cuda":
+        free = min(free_memory(device) for device in {device_of(block) for block in base.layers})
+        tokens = max(1, int(SHARE * free / activations(base, base.num_layers, 0.25)))
+    everyone = gathered(tokens)
+    return len(everyone) * min(everyone)
+
+
+def activations(base: LanguageModel, tokens: float, logits: float) -> float:
+    """Bytes that a forward and backward pass keeps, about: 16 vectors of the model's width and 4 of the key's a token.
+
+    Args:
+        base: The model.
+        tokens: Tokens, summed over the layers that they go through.
+        logits: Tokens whose logits are taken, each four times in float32.
+    """
     weight, vocabulary = base.weight(Site(0, "mlp")), int(base.model.config.get_text_config().vocab_size)
     width, keys = weight.shape
-    token = base.num_layers * (16 * width + 4 * keys) * weight.element_size() + vocabulary * 4
-    return max(1, int(SHARE * free_memory(base.device) / token))
+    return tokens * (16 * width + 4 * keys) * weight.element_size() + logits * 4 * 4 * vocabulary
+
+
+def room(needs: Mapping[torch.device, tuple[int, int]]) -> int:
+    """For how many edits there is room, by what they need (`needed`); where none needs any, for all."""
+    left = {device: free_memory(device) - fixed for device, (fixed, _) in needs.items()}
+    return min((max(0, left[device] // each) for device, (_, each) in needs.items() if each), default=sys.maxsize)
 
 
 def require(
