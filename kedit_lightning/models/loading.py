@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from kedit_lightning.errors import ModelError
 from kedit_lightning.models.architectures import ARCHITECTURES, Architecture
 from kedit_lightning.models.quiet import quiet
 
+DeviceMap = str | dict[str, int | str]
+"""A placement of layers as transformers takes it: a device, a strategy, or devices by the names of modules."""
 _GIVE = "give a Hugging Face name, a model folder, or `almanac`"
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load(
@@ -28,7 +32,8 @@ def load(
     dtype: str,
     architecture: Architecture | None = None,
     revision: str | None = None,
-    **placement: str | dict[str, int | str] | None,
+    attn_implementation: str | None = None,
+    device_map: DeviceMap | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer; the model's own code is never run.
 
@@ -37,12 +42,17 @@ def load(
         dtype: Type of the weights.
         architecture: Where the sub-blocks of an unknown family live.
         revision: Branch, tag or commit on the Hub.
-        placement: ``attn_implementation`` and ``device_map`` as in transformers; None means not given.
+        attn_implementation: As in transformers; None: the model's own.
+        device_map: As in transformers; None: on the CPU.
 
     Raises:
-        ModelError: The model cannot be found or read, its weights are incomplete, or it cannot be edited.
+        ModelError: The model cannot be found or read, its weights are incomplete, or it cannot be edited; the device
+            map names what this machine or the model does not have.
     """
+    _check_devices(device_map)
+    device_map = {"": "disk"} if device_map == "disk" else device_map  # which transformers takes by module only
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}  # None would ask at the terminal
+    placement = {"attn_implementation": attn_implementation, "device_map": device_map}
     given = {key: value for key, value in placement.items() if value is not None}
     part = "configuration"
     try:
@@ -51,7 +61,7 @@ def load(
         elif _is_path(name):
             msg = f"there is no such folder; {_GIVE}"
             raise FileNotFoundError(msg)
-        with quiet("transformers", "huggingface_hub"):  # what matters of their warnings is raised as an error
+        with quiet("transformers", "huggingface_hub", "accelerate"):  # what matters of what they say is raised
             config = AutoConfig.from_pretrained(name, **where)
             find_architecture(config, architecture)
             part = "tokenizer"
@@ -72,6 +82,8 @@ def load(
         msg = f"cannot load the {part} of {name!r}: {_reason(error)}"
         raise ModelError(msg) from error
     model, info = loaded
+    if isinstance(device_map, dict):
+        _check_modules(model, device_map)
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     if wrong := sorted({*info["missing_keys"], *mismatched}):
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -107,6 +119,37 @@ def find_architecture(config: PreTrainedConfig, architecture: Architecture | Non
     return architecture
 
 
+def _check_devices(device_map: DeviceMap | None) -> None:
+    """Refuse a device map whose devices are not there, before weights are read."""
+    if device_map is None:
+        return
+    if find_spec("accelerate") is None:
+        msg = "base.device_map needs accelerate: pip install 'kedit_lightning[device_map]'"
+        raise ModelError(msg)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    there = [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())] if found else []
+    known = {"cpu", "disk", *there, *range(len(there)), *([found.type] if found else [])}
+    if isinstance(device_map, str):
+        known |= {*_STRATEGIES}
+        device_map = {"": device_map}
+    if wrong := [device for device in device_map.values() if device not in known]:
+        places = ", ".join(["cpu", "disk", *there])
+        msg = (
+            f"base.device_map: expected {', '.join(_STRATEGIES)}, a device of this machine ({places}), or devices by "
+            f"the names of modules, got {wrong[0]!r}"
+        )
+        raise ModelError(msg)
+
+
+def _check_modules(model: PreTrainedModel, device_map: dict[str, int | str]) -> None:
+    """Refuse names of modules that transformers would pass over."""
+    modules = dict(model.named_modules())
+    if wrong := [name for name in device_map if name not in modules]:
+        few = list(modules)[1:4]
+        msg = f"base.device_map: expected names of modules of this model such as {', '.join(few)}, got {wrong[0]!r}"
+        raise ModelError(msg)
+
+
 def _is_path(name: str) -> bool:
     """Whether a name can only be a path: Hub names are ``name`` or ``owner/name``."""
     return not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
@@ -121,6 +164,10 @@ def _reason(error: Exception) -> str:
         return "it comes with code of its own, which is never run here; use a family that transformers itself knows"
     if isinstance(error, SafetensorError):
         return f"the file is corrupt or truncated ({text})"
+    if "offload_folder" in text:
+        return "only weights in safetensors files can be offloaded to disk: save the model in that format first"
+    if "on the meta device, we need" in text:
+        return "base.device_map names a module and, elsewhere, a part of it (or a weight tied to it): name all parts"
     if "backend tokenizer" in text:
         return "there is no tokenizer.json"
     if "does not recognize" in text:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kedit_lightning.errors import ModelError
+from kedit_lightning.models.offloading import settle, value_of
 
 HALVES = (torch.bfloat16, torch.float16)
 """Types of weights that keep a float32 master of each edited matrix."""
@@ -18,6 +19,8 @@ HALVES = (torch.bfloat16, torch.float16)
 
 class EditableWeights:
     """The weight matrices of a model by name, with what they were before any edit.
+
+    One that a device map has offloaded stays on the device that computes with it from the first time it is asked for.
 
     Args:
         model: The model.
@@ -34,11 +37,8 @@ class EditableWeights:
         Raises:
             ModelError: The model has no such weight.
         """
-        try:
-            return math_view(self.model.get_parameter(name), self._owner(name))
-        except AttributeError as error:
-            msg = f"expected the name of a weight matrix of this model, got {name!r}: {error}"
-            raise ModelError(msg) from error
+        settle(self._owner(name))
+        return self._value(name)
 
     def as_parameter(self, name: str, value: Tensor) -> Tensor:
         """A value of a weight as the model holds that weight: its orientation, type and device; differentiable.
@@ -47,17 +47,29 @@ class EditableWeights:
             name: The weight's name among the model's parameters.
             value: In math orientation, shape ``(out, in)`` or ``(out, 1)``.
         """
+        owner = self._owner(name)
+        settle(owner)
         own = self.model.get_parameter(name)
-        return (value[:, 0] if own.ndim == 1 else math_view(value, self._owner(name))).to(own)
+        return (value[:, 0] if own.ndim == 1 else math_view(value, owner)).to(own)
 
     def _owner(self, name: str) -> nn.Module:
         """The module whose parameter a weight is."""
-        return self.model.get_submodule(name.rpartition(".")[0])
+        try:
+            self.model.get_parameter(name)
+            return self.model.get_submodule(name.rpartition(".")[0])
+        except AttributeError as error:
+            msg = f"expected the name of a weight matrix of this model, got {name!r}: {error}"
+            raise ModelError(msg) from error
+
+    def _value(self, name: str) -> Tensor:
+        """A weight as it is, in math orientation; read for the moment where it is offloaded."""
+        owner = self._owner(name)
+        return math_view(value_of(owner, name.rpartition(".")[2]), owner)
 
     def pristine(self, name: str) -> Tensor:
         """A weight as it was before any edit, in its own type; shape ``(out, in)`` or ``(out, 1)``."""
         edited = self._pristine.get(name)
-        return self.weight(name) if edited is None else edited
+        return self._value(name) if edited is None else edited
 
     def master(self, name: str) -> Tensor:
         """A weight in float32, with all updates so far at full precision; shape ``(out, in)`` or ``(out, 1)``."""
