@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kedit_lightning import __version__
-from kedit_lightning.errors import KeditError
-from kedit_lightning.messages import fail, one_line
+from kedit_lightning.errors import ElsewhereError, KeditError
+from kedit_lightning.messages import fail, number, one_line
 from kedit_lightning.usage import OTHER_COMMANDS, TRAINER_COMMANDS, usage
 
 
@@ -51,6 +51,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         _interrupted(command)  # Lightning turns an interrupt during a fit into an exit
     except Exception as error:
+        if isinstance(_cause(error), ElsewhereError):
+            sys.exit(1)
         if not (reason := _reason(error)):
             raise
         fail(reason, 1)
@@ -87,4 +89,6 @@ def _interrupted(command: str) -> NoReturn:
         "compare": "; what was done is kept, and the same command goes on from there",
         "scale": "; what was measured is in the run directory, and the same command goes on from there",
     }
+    if number("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        sys.exit(130)  # Ctrl-C reaches the first process too
     fail(f"interrupted{kept.get(command, '')}", 130)

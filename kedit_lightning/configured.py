@@ -21,7 +21,8 @@ class _SaveConfig(SaveConfigCallback, EditCallback):
 
     def on_stream_start(self, trainer: Trainer, editor: LightningModule, n_edits: int) -> None:
         """Before anything else is, so that the run can be resumed from there on; that of a resumed run stays."""
-        if not (Path(trainer.log_dir or ".") / CONFIG).is_file() or self.config.get("resume_anyway"):
+        folder: Path = trainer.run.path  # type: ignore[attr-defined] # EditTrainer
+        if trainer.is_global_zero and (not (folder / CONFIG).is_file() or self.config.get("resume_anyway")):
             self.save_config(trainer, editor, "fit")
         self.already_saved = True
 
@@ -31,7 +32,8 @@ class _SaveConfig(SaveConfigCallback, EditCallback):
         for name in ("resume", "resume_anyway"):  # of this call, not of the run; other commands do not know them
             config.pop(name, None)
         text = self.parser.dump(config, skip_unset=False)
-        write_beside(Path(trainer.log_dir or ".") / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        folder: Path = trainer.run.path  # type: ignore[attr-defined] # EditTrainer
+        write_beside(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 class EditCLI(OneLineCLI):

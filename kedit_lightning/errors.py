@@ -56,3 +56,7 @@ class RejectedError(KeditError):
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__("; ".join(dict.fromkeys(reasons.values())))
         self.reasons = dict(reasons)
+
+
+class ElsewhereError(KeditError):
+    """What the first of several processes says, which has been told of it; this one is silent."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_lightning.errors import KeditError
+from kedit_lightning.models.processes import first
 from kedit_lightning.writing import unwritable, write_beside
 
 Record = dict[str, Any]
@@ -17,6 +18,8 @@ Record = dict[str, Any]
 
 class Lines:
     """A JSONL file: every append is flushed to the disk, and a line that a crash cut off is dropped.
+
+    Where there are several processes all of them call what changes it, and the first does it.
 
     Lines that are to replace others are first written to a file of their own (the journal), from which an interrupted
     replacement is made good.
@@ -39,23 +42,25 @@ class Lines:
         Raises:
             KeditError: The disk is full.
         """
-        self._write(len(self), as_lines(records))
+        first(lambda: self._write(len(self), as_lines(records)))
 
-    def replace(self, first: int, records: Sequence[Record]) -> None:
-        """Write all lines from number `first` on anew.
+    def replace(self, start: int, records: Sequence[Record]) -> None:
+        """Write all lines from a number on anew.
 
         Raises:
             KeditError: The disk is full; the lines are then still there as they were.
         """
-        content = {"start": self._ending()[first], "lines": as_lines(records).decode()}
+        first(lambda: self._replace(start, records))
+
+    def _replace(self, start: int, records: Sequence[Record]) -> None:
+        content = {"start": self._ending()[start], "lines": as_lines(records).decode()}
         write_beside(self._journal, lambda path: path.write_text(json.dumps(content), encoding="utf-8"))
-        self._write(first, as_lines(records))
+        self._write(start, as_lines(records))
         self._journal.unlink()
 
     def cut(self, n: int) -> None:
         """Keep the first n lines."""
-        if n < len(self):
-            self._write(n, b"")
+        first(lambda: self._write(n, b"") if n < len(self) else None)
 
     def records(self) -> list[Record]:
         """What the lines say; a truncated last one is left out.
@@ -87,11 +92,11 @@ class Lines:
             data = data[: journal["start"]] + journal["lines"].encode()
         return data[: data.rfind(b"\n") + 1]
 
-    def _write(self, first: int, content: bytes) -> None:
-        """Let the file be its first lines, then this content; without the content if that fails."""
+    def _write(self, n: int, content: bytes) -> None:
+        """Let the file be its first n lines, then this content; without the content if that fails."""
         ends = self._ending()
-        start = ends[first]
-        del ends[first + 1 :]
+        start = ends[n]
+        del ends[n + 1 :]
         try:
             with self.path.open("ab", buffering=0) as file:
                 file.truncate(start)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -15,10 +15,14 @@ from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit
 from kedit_lightning.lines import Lines
 from kedit_lightning.metrics import EditMetrics, Evaluator, Reference, eac_names, paper_names
+from kedit_lightning.metrics.reference_cache import ReferenceCache, about
+from kedit_lightning.models.processes import dealt, first, ranks
 from kedit_lightning.run import BEFORE, Record
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
+
+T = TypeVar("T")
 
 
 class Measurement:
@@ -37,31 +41,69 @@ class Measurement:
         editor.base.to(trainer.strategy.root_device)
         self.evaluator = Evaluator(editor.base, trainer.evaluation, datamodule.reference_texts())
 
-    def before(self, groups: Sequence[Sequence[Edit]]) -> list[Record]:
+    def before(self, groups: Sequence[Sequence[Edit]], environment: Record) -> list[Record]:
         """Measure the unedited model, once in a run: what it answers, and what specificity and locality refer to.
+
+        An earlier run's measurement of the same is taken from the cache.
 
         Args:
             groups: Edits that the model will hold together.
+            environment: Libraries, device and threads (`resume.environment`).
 
         Returns:
             For each edit ``answer``, ``before`` (its metrics) and its `Reference`, a line of before.jsonl.
         """
         edits, kept = [edit for group in groups for edit in group], Lines(self.run.path / BEFORE)
-        if not kept.path.is_file():
-            lines: list[Record] = [{"answer": answer, "before": {}} for answer in self.evaluator.answers(edits)]
-            if self.trainer.evaluate:
-                references = self.evaluator.references(edits)
-                scores = self.score("before", groups, self.evaluator.new())
-                for line, found, reference in zip(lines, scores, references, strict=True):
-                    line |= {"before": found, **asdict(reference)}
-            self.run.write_lines(BEFORE, lines)
+        if not first(kept.path.is_file):
+            self.run.write_lines(BEFORE, self._unedited(groups, environment))
         lines = kept.records()
         names = [field.name for field in fields(Reference)]
         self.evaluator.refer_to(edits, [Reference(*(line.get(name, ()) for name in names)) for line in lines])
         return lines
 
+    def _unedited(self, groups: Sequence[Sequence[Edit]], environment: Record) -> list[Record]:
+        """The lines of before.jsonl, from the cache where they are there."""
+        if not self.evaluator.settings.cache:
+            return self._measure(groups)
+        cache = ReferenceCache()
+        key = about(self.evaluator, _apart(groups), environment, scored=self.trainer.evaluate)
+        lines = first(lambda: cache.load(key))
+        if lines is None:
+            lines = self._measure(groups)
+            cache.keep(key, lines)
+        return lines
+
+    def _measure(self, groups: Sequence[Sequence[Edit]]) -> list[Record]:
+        """The lines of before.jsonl, from the model as it is."""
+        edits = [edit for group in groups for edit in group]
+        answers = self.answers(edits)
+        lines: list[Record] = [{"answer": answer, "before": {}} for answer in answers]
+        if self.trainer.evaluate:
+            references = self.references(edits)
+            scores = self.score("before", groups, self.evaluator.new(), answers=answers)
+            for line, found, reference in zip(lines, scores, references, strict=True):
+                line |= {"before": found, **reference}
+        return lines
+
+    def answers(self, edits: Sequence[Edit], owners: Sequence[int] | None = None) -> list[str]:
+        """As `Evaluator.answers`, shared out over the processes."""
+        return dealt(len(edits), lambda own: self.evaluator.answers(_of(edits, own), owners and _of(owners, own)))
+
+    def references(self, edits: Sequence[Edit]) -> list[Record]:
+        """As `Evaluator.references`, shared out over the processes; plain data."""
+        found = dealt(len(edits), lambda own: [asdict(one) for one in self.evaluator.references(_of(edits, own))])
+        self.evaluator.refer_to(edits, [Reference(**one) for one in found])
+        return found
+
     def score(
-        self, title: str, groups: Sequence[Sequence[Edit]], metrics: EditMetrics, *, texts: bool = True
+        self,
+        title: str,
+        groups: Sequence[Sequence[Edit]],
+        metrics: EditMetrics,
+        *,
+        texts: bool = True,
+        owners: Sequence[int] | None = None,
+        answers: Sequence[str] | None = None,
     ) -> list[Record]:
         """Add edits to metrics; their values, a record an edit.
 
@@ -72,10 +114,11 @@ class Measurement:
                 which is faster.
             metrics: What they are added to.
             texts: Whether the model is also let write, where the settings say so.
+            owners: Of a single group, where its edits are side by side; see `Evaluator.update`.
+            answers: What `Evaluator.answers` gives for all edits, where that is known already.
         """
+        groups = _apart(groups)
         edits = [edit for group in groups for edit in group]
-        if len({edit.subject for edit in edits}) == len(edits):
-            groups = [edits]
         self.trainer.tell("on_evaluation_start", title, len(edits))
         records: list[Record] = []
 
@@ -83,19 +126,42 @@ class Measurement:
             self.trainer.tell("on_evaluation_progress", len(records) + done)
 
         for group in groups:
-            records += self.evaluator.update(metrics, group, progress, texts=texts)
+            said = None if answers is None else answers[len(records) : len(records) + len(group)]
+            records += self._update(metrics, group, progress, texts, owners, said)
         self.trainer.tell("on_evaluation_end")
         return records
 
+    def _update(
+        self,
+        metrics: EditMetrics,
+        group: Sequence[Edit],
+        progress: Callable[[int], None] | None = None,
+        texts: bool = True,
+        owners: Sequence[int] | None = None,
+        answers: Sequence[str] | None = None,
+    ) -> list[Record]:
+        """As `Evaluator.update`, shared out over the processes, each of which then has the scores of all."""
+        own = metrics if ranks()[1] == 1 else self.evaluator.new()
+
+        def score(mine: list[int]) -> list[Record]:
+            owned, said = owners and _of(owners, mine), answers and _of(answers, mine)
+            more: Record = {"edited": group, "texts": texts, "owners": owned, "answers": said}
+            return list(self.evaluator.update(own, _of(group, mine), progress, **more))
+
+        lines = dealt(len(group), score)
+        if own is not metrics:
+            self.evaluator.collect(group, lines, metrics)
+        return lines
+
     def open(self, stage: str) -> None:
         """Begin to be given edits in batches, by `add`; what specificity refers to is taken from the model as it is."""
-        self.evaluator.references(self.datamodule.edits)
+        self.references(self.datamodule.edits)
         self._metrics, self._scored = self.evaluator.new(), 0
         self.trainer.tell("on_evaluation_start", stage, len(self.datamodule.edits))
 
     def add(self, batch: Sequence[Edit]) -> None:
         """Score one batch on the model as it is."""
-        self.evaluator.update(self._metrics, batch)
+        self._update(self._metrics, batch)
         self._scored += len(batch)
         self.trainer.tell("on_evaluation_progress", self._scored)
 
@@ -126,6 +192,8 @@ class Measurement:
         """
         summaries = {when: found.compute() for when, found in metrics.items()}
         names: Record = {"name": self.name or self.datamodule.protocol_name}
+        if self.editor.side_by_side and self.editor.base.dtype != "float32":
+            names["name"] += f", side by side: updates not rounded to {self.editor.base.dtype}"
         if summaries:
             names["scores"] = paper_names({name for found in summaries.values() for name in found})
             names["eac"] = eac_names()
@@ -151,3 +219,13 @@ class Measurement:
             "base": self.editor.base.name_or_path,
             "torch": torch.__version__,
         }
+
+
+def _of(items: Sequence[T], places: Sequence[int]) -> list[T]:
+    return [items[i] for i in places]
+
+
+def _apart(groups: Sequence[Sequence[Edit]]) -> Sequence[Sequence[Edit]]:
+    """The groups, or all edits as one where no subject comes twice."""
+    edits = [edit for group in groups for edit in group]
+    return [edits] if len({edit.subject for edit in edits}) == len(edits) else groups

@@ -81,6 +81,20 @@ def distance(vectors: Tensor, targets: Tensor) -> Tensor:
     return pairwise_distance(vectors, targets)
 
 
+def sum_over_rows(values: Tensor, edit: Tensor, n: int) -> Tensor:
+    """Sum of row values over each edit's rows; 0 where it has none.
+
+    Args:
+        values: One value a row, shape ``(b,)``.
+        edit: The edit of each row, shape ``(b,)``.
+        n: Number of edits.
+
+    Returns:
+        Shape ``(n,)``.
+    """
+    return values.new_zeros(n).index_add(0, edit, values)
+
+
 def mean_over_rows(values: Tensor, edit: Tensor, n: int) -> Tensor:
     """Mean of row values over each edit's rows.
 
@@ -92,4 +106,4 @@ def mean_over_rows(values: Tensor, edit: Tensor, n: int) -> Tensor:
     Returns:
         Shape ``(n,)``.
     """
-    return values.new_zeros(n).index_add(0, edit, values) / torch.bincount(edit, minlength=n)
+    return sum_over_rows(values, edit, n) / torch.bincount(edit, minlength=n)

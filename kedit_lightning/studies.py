@@ -1,29 +1,42 @@
-"""Commands of the trainer that stream no edits: statistics of keys, the scaling run, the choice of EAC's γ."""
+"""Commands of the trainer that stream no edits: a plan, statistics of keys, the scaling run, the choice of EAC's γ."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lightning import Trainer
 
 from kedit_lightning.callbacks.base import EditCallback
+from kedit_lightning.callbacks.console import Console
 from kedit_lightning.data.datamodule import EditDataModule, given
 from kedit_lightning.editors import Editor
 from kedit_lightning.errors import KeditError
 from kedit_lightning.gamma import GAMMAS, GammaSearch
 from kedit_lightning.interrupts import interrupts_passed_on
-from kedit_lightning.models.processes import together
+from kedit_lightning.logger import EditLogger
+from kedit_lightning.models.launching import together
+from kedit_lightning.models.processes import agreed
 from kedit_lightning.models.statistics import compute
-from kedit_lightning.run import Record
+from kedit_lightning.plan import Plan
+from kedit_lightning.plan_table import table
+from kedit_lightning.planning import plan
+from kedit_lightning.run import Record, RunDirectory
 from kedit_lightning.scaling import SEEDS, Scaling
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
 
+T = TypeVar("T")
+
 
 class Studies(Trainer):
     """What `EditTrainer` can do beside streaming edits."""
+
+    run: RunDirectory
+    edit_logger: EditLogger
 
     def tell(self, hook: str, *args: Any) -> None:
         """Call a hook of the edit stream on every callback that hears of it."""
@@ -36,9 +49,49 @@ class Studies(Trainer):
         if self.world_size > 1:
             msg = (
                 f"{command}: expected one process, got {self.world_size}: set trainer.devices and trainer.num_nodes to "
-                "1 (`kedit statistics` takes several)"
+                "1 (fit, validate, test and statistics take several)"
             )
             raise KeditError(msg)
+
+    def _together(self, model: Editor, work: Callable[[], T]) -> T:
+        """Do something in all processes, whose run directory is that of the first."""
+        model.base.check_processes(self.world_size)
+
+        def work_there() -> T:
+            self.run = RunDirectory(Path(agreed(str(self.run.path))))
+            return work()
+
+        return together(self, work_there)
+
+    def turn_to(self, path: Path) -> None:
+        """Go on in the directory of an earlier run, with its TensorBoard stream.
+
+        Raises:
+            KeditError: There is no such directory.
+        """
+        if not path.is_dir():
+            msg = f"{path}: expected a run directory such as lightning_logs/edits/version_0, found none"
+            raise KeditError(msg)
+        self.edit_logger = EditLogger(str(path.parent), name="", version=path.name, default_hp_metric=False)
+        self.logger, self.run = self.edit_logger, RunDirectory(path)
+
+    def plan(self, model: Editor, datamodule: EditDataModule | None = None) -> Plan:
+        """Say what `fit` will take, before anything runs: rows, steps, memory, time, files, and whether it fits.
+
+        One step of every stage is done and a few edits are measured; nothing is written.
+
+        Args:
+            model: The editor.
+            datamodule: The edits.
+
+        Returns:
+            The plan, which is also shown.
+        """
+        found = plan(cast("EditTrainer", self), model, given(datamodule, "fit"))
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Console):
+                callback.out.print(table(found))
+        return found
 
     def statistics(self, model: Editor, datamodule: EditDataModule | None = None) -> None:
         """Collect the second moments of the keys that an editor's configuration needs; `fit` does so by itself.
@@ -54,6 +107,7 @@ class Studies(Trainer):
         """
         base, statistics, sites = model.base, model.statistics, model.sites()
         statistics.check(base, sites)  # before processes are started
+        base.check_processes(self.world_size)
 
         def work() -> None:
             self.tell("on_statistics", compute(base.to(self.strategy.root_device), statistics, sites))

@@ -12,6 +12,7 @@ from docstring_parser import parse
 
 from kedit_lightning.callbacks.logs import quiet
 from kedit_lightning.configured import run_trainer
+from kedit_lightning.messages import number
 from kedit_lightning.parsing import OneLineParser
 from kedit_lightning.usage import TRAINER_COMMANDS
 
@@ -24,6 +25,8 @@ def run(command: str, args: list[str]) -> None:
         args: The whole command line, the command included.
     """
     quiet()
+    if number("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        logging.getLogger("kedit_lightning").setLevel(logging.ERROR)  # the first of several processes warns
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, where there is no network
     if command in TRAINER_COMMANDS:
         run_trainer(args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from kedit_lightning.interrupts import interrupts_passed_on
 from kedit_lightning.logger import EditLogger
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluation
+from kedit_lightning.models.launching import strategy_of
 from kedit_lightning.run import SETTINGS, Record, RunDirectory, newest, read_deltas
 from kedit_lightning.stream import EditStream
 from kedit_lightning.studies import Studies
@@ -47,7 +48,7 @@ class EditTrainer(Studies):
         accelerator: As in Lightning.
         devices: As in Lightning.
         num_nodes: As in Lightning.
-        strategy: As in Lightning.
+        strategy: ``auto`` or ``ddp``, as in Lightning.
         callbacks: Further callbacks.
         enable_progress_bar: Whether the terminal shows progress.
         evaluate_at: After how many edits all facts so far, and the latest batch of them, are scored as well, such as
@@ -57,7 +58,8 @@ class EditTrainer(Studies):
             ``skip`` goes on without them, ``stop`` ends it before their batch.
 
     Raises:
-        KeditError: A number of ``evaluate_at`` is negative, or nothing is measured.
+        KeditError: A number of ``evaluate_at`` is negative, or nothing is measured; edits cannot be shared out by the
+            strategy.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class EditTrainer(Studies):
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
-            strategy=strategy,
+            strategy=strategy_of(strategy, devices, num_nodes),
             callbacks=[self.weight_update, Scoring(), Console(), Figures(), SequenceCurve(), *(callbacks or [])],
             logger=self.edit_logger,
             max_epochs=-1,
@@ -126,7 +128,6 @@ class EditTrainer(Studies):
             resume_anyway: Resume even where settings, libraries or threads differ from those that the run was begun
                 with, which gives up bit-identity.
         """
-        self._alone("fit")
         if resume is not None:
             self.turn_to(newest(Path(resume), SETTINGS))
             finished = self.run.read_json("metrics.json")
@@ -136,24 +137,16 @@ class EditTrainer(Studies):
                 return
         datamodule = given(datamodule, "fit")
         one_pass = partial(super().fit, model, datamodule=datamodule)
-        model.base.restore()
-        self.stop_stream = False
-        stream = EditStream(self, model, datamodule, one_pass, resumed=resume is not None, anyway=resume_anyway)
-        with closing(self.edit_logger), interrupts_passed_on(), stream.opened():
-            stream.edit()
-            self.report = stream.close()
 
-    def turn_to(self, path: Path) -> None:
-        """Go on in the directory of an earlier run, with its TensorBoard stream.
+        def stream() -> None:
+            model.base.restore()
+            self.stop_stream = False
+            edits = EditStream(self, model, datamodule, one_pass, resumed=resume is not None, anyway=resume_anyway)
+            with closing(self.edit_logger), interrupts_passed_on(), edits.opened():
+                edits.edit()
+                self.report = edits.close()
 
-        Raises:
-            KeditError: There is no such directory.
-        """
-        if not path.is_dir():
-            msg = f"{path}: expected a run directory such as lightning_logs/edits/version_0, found none"
-            raise KeditError(msg)
-        self.edit_logger = EditLogger(str(path.parent), name="", version=path.name, default_hp_metric=False)
-        self.logger, self.run = self.edit_logger, RunDirectory(path)
+        self._together(model, stream)
 
     # ------------------------------------------------------------------ validate, test, predict
 
@@ -170,10 +163,8 @@ class EditTrainer(Studies):
         Returns:
             The report, as in metrics.json.
         """
-        self._alone("validate")
-        self._open(model, datamodule, "validate")
-        super().validate(model, datamodule=datamodule, verbose=False)
-        return self._measurement.close("pre", "unedited")
+        score = partial(super().validate, model, datamodule=datamodule, verbose=False)
+        return self._measured(model, datamodule, "validate", score, [], "pre", "unedited")
 
     def test(  # type: ignore[override]
         self,
@@ -193,13 +184,9 @@ class EditTrainer(Studies):
         Returns:
             The report, as in metrics.json.
         """
-        self._alone("test")
         updates = self._read(model, delta)
-        self._open(model, datamodule, "test")
-        for update in updates:
-            model.base.write(update.name, update.update)
-        super().test(model, datamodule=datamodule, verbose=False)
-        return self._measurement.close("post", f"as edited by {delta}")
+        score = partial(super().test, model, datamodule=datamodule, verbose=False)
+        return self._measured(model, datamodule, "test", score, updates, "post", f"as edited by {delta}")
 
     def predict(  # type: ignore[override]
         self,
@@ -244,12 +231,28 @@ class EditTrainer(Studies):
         self.tell("on_predictions", records)
         return records
 
-    def _open(self, editor: Editor, datamodule: EditDataModule | None, stage: str) -> None:
-        """Begin to measure, on the unedited model."""
-        datamodule = given(datamodule, stage)
-        editor.base.restore()
-        self._measurement = Measurement(self, editor, datamodule)
-        self._measurement.open(stage)
+    def _measured(
+        self,
+        editor: Editor,
+        datamodule: EditDataModule | None,
+        stage: str,
+        score: Callable[[], object],
+        updates: Sequence[WeightDelta],
+        when: str,
+        protocol: str,
+    ) -> Record:
+        """Measure the model with some updates; what specificity refers to is taken from it without them."""
+
+        def measure() -> Record:
+            editor.base.restore()
+            self._measurement = Measurement(self, editor, given(datamodule, stage))
+            self._measurement.open(stage)
+            for update in updates:
+                editor.base.write(update.name, update.update)
+            score()
+            return self._measurement.close(when, protocol)
+
+        return self._together(editor, measure)
 
     def score(self, batch: Sequence[Edit]) -> None:
         """Score one batch of `validate` or `test` on the model as it stands."""

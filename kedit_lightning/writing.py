@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,28 @@ def _flush_names(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Hold a file's lock for as long as the context lasts; the system lifts that of a process which dies.
+
+    Args:
+        path: The file; made if it is not there.
+        taken: What to say where another process holds it.
+
+    Raises:
+        KeditError: Another process does, or the file system has no locks.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise KeditError(taken) from error
+        except OSError as error:
+            msg = f"{path}: cannot be locked ({error.strerror}); keep runs on a disk that has file locks"
+            raise KeditError(msg) from error
+        yield
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -78,7 +78,8 @@ class Console(EditCallback):
         self._start(n_edits)
         self._bar(trainer, _PREPARING, 0, None)
         DISPLAY.set(partial(self._bar, trainer))  # the pass over documents shows its steps here
-        LINES.setLevel(logging.INFO if _talks(trainer) else logging.WARNING)
+        quiet = logging.WARNING if trainer.is_global_zero else logging.CRITICAL  # the others would say it again
+        LINES.setLevel(logging.INFO if _talks(trainer) else quiet)
 
     def on_evaluation_start(self, trainer: Trainer, title: str, total: int) -> None:
         """One bar before; one after over the whole stream, however often the weights are restored.

@@ -56,6 +56,10 @@ class AlphaEdit(MEMIT):
         """M, which the first commit makes."""
         return 0 if self.remembered else 1
 
+    def memory_size(self, n: int) -> int:
+        """The keys of every layer."""
+        return 4 * n * sum(self.base.weight(site).shape[1] for site in self.sites())
+
     def write(self) -> Generator[WeightDelta, None, None]:
         """MEMIT's layers; then the keys of all of them, read on the edited model, are remembered."""
         yield from super().write()

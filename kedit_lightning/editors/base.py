@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, device, nn
 
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.delta import WeightDelta
@@ -21,9 +21,10 @@ from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.encoding import Batch
-from kedit_lightning.models.memory import require, token_budget
+from kedit_lightning.models.full import Forwards, FullForward
+from kedit_lightning.models.memory import needed, require, token_budget
 from kedit_lightning.models.statistics import Statistics
-from kedit_lightning.models.suffix import FullForward, SuffixForward
+from kedit_lightning.models.suffix import SuffixForward
 
 Preset = Literal["paper", "released"]
 
@@ -99,7 +100,7 @@ class Editor(ClosedForm):
         self.context_templates = replace(templates, scheme=templates.scheme or self.scheme)
         self.preset, self.max_tokens, self.compress, self.unconverged = preset, max_tokens, compress, unconverged
         self.kl_reference: Mapping[Site, Tensor] = {}
-        self._forward = SuffixForward if forward == "suffix" else FullForward
+        self._forward = Forwards(SuffixForward if forward == "suffix" else FullForward)
         self.templates: list[list[str]] = []
         self.moments = {}
         self.memory: dict[str, Tensor] = {}
@@ -148,6 +149,19 @@ class Editor(ClosedForm):
         """The names of the weights that are edited, among the model's parameters."""
         return [self.base.name(site) for site in self.sites()]
 
+    def needs(self, n: int) -> dict[device, tuple[int, int]]:
+        """Bytes that a batch of n edits takes beside its steps: fixed ones and those an edit, on each device."""
+        return needed(self.base, self.sites(), n, self.kept, self.moments)
+
+    def update_size(self, n: int) -> int:
+        """Bytes of the updates of n edits as they are saved: factors of rank n, or dense where that is less."""
+        shapes = [self.base.weight(name).shape for name in self.names()]
+        return 4 * sum(min(n * (out + inner), out * inner) for out, inner in shapes)
+
+    def memory_size(self, n: int) -> int:
+        """Bytes of what a commit of n edits remembers."""
+        return 0
+
     @property
     def kept(self) -> int:
         """How many matrices of k × k in float64 the next commit makes, for each site, that then stay in main memory."""
@@ -176,6 +190,7 @@ class Editor(ClosedForm):
         Raises:
             RejectedError: There are such edits.
         """
+        self._forward.forget()
         reasons: dict[int, str] = {}
         for outcome in latest([outcome for outcome in self.outcomes if outcome.pass_ == self.pass_]):
             for delta in outcome.deltas:
@@ -189,10 +204,19 @@ class Editor(ClosedForm):
 
     def prepare(self) -> None:
         """Once before the first edit, on the unedited model: context templates and second moments of the keys."""
+        self.prepare_rows()
+        self.moments = self.statistics.second_moments(self.base, self.sites())
+
+    def prepare_rows(self) -> None:
+        """The part of it that rows are made with."""
         self.evaluations = 0
         self.budget = self.max_tokens or token_budget(self.base)
         self.templates = self.context_templates(self.base)
-        self.moments = self.statistics.second_moments(self.base, self.sites())
+
+    def share_out(self, edits: Sequence[Edit]) -> Parts:
+        """The rows of edits, in parts that go through the model together."""
+        requests = [self.request(edit) for edit in edits]
+        return Parts(self.base, requests, self.templates, self.budget, separate=self.separate_targets)
 
     def begin(self, edits: Sequence[Edit], pass_: int = 0) -> None:
         """Get ready for one pass over one edit batch.
@@ -202,11 +226,11 @@ class Editor(ClosedForm):
         """
         if pass_ == 0:
             require(self.base, self.sites(), len(edits), self.kept, self.moments)
-            requests = [self.request(edit) for edit in edits]
-            self.parts = Parts(self.base, requests, self.templates, self.budget, separate=self.separate_targets)
+            self.parts = self.share_out(edits)
             self.edits, self.outcomes, self.memory = edits, [], {}
         self.pass_, self.layer = pass_, self.passes()[pass_]
         self.deltas = nn.ModuleList()
+        self._forward.forget()
         self.locate()
 
     def value_delta(self, site: Site, token: Token, name: str = "", **settings: Any) -> ValueDelta:

@@ -18,6 +18,7 @@ from kedit_lightning import objectives
 from kedit_lightning.editors.checks import at_least
 from kedit_lightning.editors.stages import Loss, Stage, Terms, ValueDelta
 from kedit_lightning.errors import KeditError
+from kedit_lightning.models.processes import once
 
 if TYPE_CHECKING:
     from kedit_lightning.editors.base import Editor
@@ -139,7 +140,7 @@ class Anchors:
             terms[f"elastic_l2{named}"] = mu * z.square().sum(dim=1)
         else:
             terms[f"weight_decay{named}"] = mu * objectives.weight_decay(delta.delta, delta.origin)
-        return terms
+        return {name: once(term) for name, term in terms.items()}
 
 
 def largest(values: Tensor, kept: int) -> Tensor:

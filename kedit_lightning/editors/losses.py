@@ -13,7 +13,8 @@ from kedit_lightning.data.prompts import EditBatch
 from kedit_lightning.editors.stages import Loss, ValueDelta
 from kedit_lightning.edits import Site
 from kedit_lightning.models.encoding import Batch
-from kedit_lightning.models.suffix import FullForward
+from kedit_lightning.models.full import FullForward
+from kedit_lightning.models.processes import once, share
 
 KLPrompt = Literal["essence", "edit"]
 
@@ -31,7 +32,7 @@ def edit_loss(
     """What evaluates ``nll + kl_factor · essence_kl + v_weight_decay · ‖δ‖/‖v₀‖²`` of m edits at their δs of that time.
 
     Every δ is added in every row at the row's own token. The KL is taken at the first δ's token, against the model as
-    it stands before this edit (Eqs. 4 of ROME, 5 of TOP, 11 of JEEP).
+    it stands before this edit (Eqs. 4 of ROME, 5 of TOP, 11 of JEEP). Several processes share the rows out.
 
     Args:
         forward: Gives the model on rows in which vectors are added at positions of sites.
@@ -43,38 +44,46 @@ def edit_loss(
         kl_reference: The δs, by their sites, with which the model is that the KL refers to, shape ``(m, d)``; by
             default none.
     """
-    rows, edit, m = batch.rows, batch.edit, len(batch)
-    at = {delta.site: rows.at[delta.token].clone() for delta in deltas}
+    at = {delta.site: batch.rows.at[delta.token].clone() for delta in deltas}
     kl_row = batch.bare if kl_prompt == "edit" else torch.nonzero(batch.essence)[:, 0]
-    kl_at = rows.at[deltas[0].token][kl_row]
+    kl_at = batch.rows.at[deltas[0].token][kl_row]
     if slip is not None:
         kl_at = (kl_at - slip).clamp(min=0)
         at[deltas[0].site][kl_row] = kl_at
+    m, prompts = len(batch), torch.bincount(batch.edit[~batch.essence], minlength=len(batch))
+    # From here on the rows of this process, of whatever edit they are.
+    mine = share(len(batch.rows)).to(batch.edit.device)
+    rows, edit = batch.rows.select(mine), batch.edit[mine]
+    at = {site: position[mine] for site, position in at.items()}
+    kl_edit = torch.nonzero(torch.isin(kl_row, mine))[:, 0]
+    kl_row, kl_at = torch.searchsorted(mine, kl_row[kl_edit]), kl_at[kl_edit]
     line, position = torch.nonzero(rows.labels >= 0, as_tuple=True)
     targets = rows.labels[line, position]
-    asking = torch.nonzero(~batch.essence)[:, 0]
+    asking = torch.nonzero(~batch.essence[mine])[:, 0]
     asked = torch.searchsorted(asking, line)
-    # Where logits are needed: before every target token, then at the KL's place of every edit.
+    # Where logits are needed: before every target token, then at the KL's places.
     read = torch.cat([line, kl_row]), torch.cat([position, kl_at])
-    run = forward(rows, at)
+    run = forward(rows, at) if len(rows) else None
+    nothing = torch.zeros(0, 1, device=mine.device)
     with torch.no_grad():
         added = {site: delta[edit] for site, delta in (kl_reference or {}).items()}
-        reference = run.logits(added, (kl_row, kl_at)).float().log_softmax(-1)
+        reference = run.logits(added, (kl_row, kl_at)).float().log_softmax(-1) if run and len(kl_row) else nothing
 
     def loss() -> Loss:
-        logits = run.logits({delta.site: delta.delta[edit] for delta in deltas}, read)
-        answers, at_kl = logits[:-m], logits[-m:]
+        logits = run.logits({delta.site: delta.delta[edit] for delta in deltas}, read) if run else nothing
+        answers, at_kl = logits[: len(line)], logits[len(line) :]
         nll = objectives.mean_over_rows(objectives.nll(answers, targets), asked, len(asking))
+        kl = objectives.essence_kl(at_kl.float().log_softmax(-1), reference)
         terms = {
-            "nll": objectives.mean_over_rows(nll, edit[asking], m),
-            "kl": kl_factor * objectives.essence_kl(at_kl.float().log_softmax(-1), reference),
+            "nll": objectives.sum_over_rows(nll, edit[asking], m) / prompts,
+            "kl": kl_factor * objectives.sum_over_rows(kl, kl_edit, m),
         }
         for delta in deltas:
             term = f"weight_decay_{delta.name}" if delta.name else "weight_decay"
-            decay = delta.v_weight_decay * objectives.weight_decay(delta.delta, delta.origin)
+            decay = once(delta.v_weight_decay * objectives.weight_decay(delta.delta, delta.origin))
             terms[term] = terms[term] + decay if term in terms else decay
-        probability = objectives.mean_over_rows((-nll.detach()).exp(), edit[asking], m)
-        likeliest = (answers.detach().argmax(dim=-1) == targets).float()
-        return Loss(terms, probability, objectives.mean_over_rows(likeliest, edit[line], m) == 1)
+        probability = objectives.sum_over_rows((-nll.detach()).exp(), edit[asking], m) / prompts
+        missed = (answers.detach().argmax(dim=-1) != targets).float()
+        return Loss(terms, probability, objectives.sum_over_rows(missed, edit[line], m))
 
     return loss

@@ -1,4 +1,7 @@
-"""Keys and values of all edits of a batch, read from the model as it stands, part by part."""
+"""Keys and values of all edits of a batch, read from the model as it stands, part by part.
+
+Several processes share the rows out, and all of them have what was read.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from kedit_lightning.data.prompts import EditBatch
 from kedit_lightning.edits import Site, Token
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.processes import share, summed
 
 
 class Keys(NamedTuple):
@@ -40,9 +44,12 @@ def read_keys(
     found: dict[Site, Keys] = {}
     for part in parts:
         prompts = torch.nonzero(~part.essence)[:, 0]
+        prompts = prompts[share(len(prompts)).to(prompts.device)]
         rows, edit, weight = part.rows.select(prompts), part.edit[prompts], part.weight[prompts]
-        first = torch.searchsorted(prompts, part.bare)
-        for site, keys in base.keys(rows, {site: rows.at[token] for site, token in tokens.items()}).items():
+        first = torch.nonzero(torch.isin(prompts, part.bare))[:, 0]
+        at = {site: rows.at[token] for site, token in tokens.items()}
+        widths = {site: base.weight(site).shape[1] for site in at}
+        for site, keys in (base.keys(rows, at) if len(rows) else _nothing(base, widths)).items():
             if site not in found:
                 k = keys.shape[1]
                 found[site] = Keys(keys.new_zeros(n, k), keys.new_zeros(n if bare else 0, k))
@@ -51,8 +58,8 @@ def read_keys(
             index = part.index.to(keys.device)
             found[site].mean[index] = mean
             if bare:
-                found[site].bare[index] = keys[first.to(keys.device)]
-    return found
+                found[site].bare[index[edit[first].to(keys.device)]] = keys[first.to(keys.device)]
+    return {site: Keys(*map(summed, keys)) for site, keys in found.items()}
 
 
 def read_values(base: LanguageModel, parts: Sequence[EditBatch], tokens: Mapping[Site, Token]) -> dict[Site, Tensor]:
@@ -66,9 +73,26 @@ def read_values(base: LanguageModel, parts: Sequence[EditBatch], tokens: Mapping
     n = sum(map(len, parts))
     found: dict[Site, Tensor] = {}
     for part in parts:
-        rows = part.bare_rows
-        for site, values in base.read(rows, {site: rows.at[token] for site, token in tokens.items()}).items():
+        for site, values in own_values(base, part, tokens).items():
             if site not in found:
                 found[site] = values.new_zeros(n, values.shape[1])
             found[site][part.index.to(values.device)] = values
-    return found
+    return {site: summed(values) for site, values in found.items()}
+
+
+def own_values(base: LanguageModel, part: EditBatch, tokens: Mapping[Site, Token]) -> dict[Site, Tensor]:
+    """What `read_values` gives of m edits, where they are this process's share, zeros elsewhere; shape ``(m, d)``."""
+    mine = share(len(part))
+    rows = part.bare_rows.select(mine.to(part.edit.device))
+    at = {site: rows.at[token] for site, token in tokens.items()}
+    widths = {site: base.weight(Site(site.layer, "mlp")).shape[0] for site in at}
+    found = base.read(rows, at) if len(rows) else _nothing(base, widths)
+    return {
+        site: values.new_zeros(len(part), values.shape[1]).index_copy(0, mine.to(values.device), values)
+        for site, values in found.items()
+    }
+
+
+def _nothing(base: LanguageModel, widths: Mapping[Site, int]) -> dict[Site, Tensor]:
+    """What is read of no rows: a process has none where there are more processes than rows."""
+    return {site: torch.zeros(0, width, device=base.device) for site, width in widths.items()}

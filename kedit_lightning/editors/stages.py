@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_lightning.edits import Site, Token
+from kedit_lightning.models.processes import ranks, summed
 
 Terms = dict[str, Tensor]
 """Terms of a loss, factors counted, each of shape ``(m,)``: their sum is the loss."""
@@ -16,18 +17,33 @@ Terms = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """One evaluation of a stage's loss for m edits.
+    """One evaluation of a stage's loss for m edits; of several processes each has its share, and all add up to it.
 
     Args:
         terms: Its terms, factors counted, each of shape ``(m,)``.
         probability: Mean over an edit's rows of the target's probability (geometric mean over its tokens), ``(m,)``;
             None where the loss has no target.
-        certain: Whether all tokens of an edit's target are the likeliest ones in all its rows, ``(m,)``.
+        missed: How many tokens of an edit's target, in all its rows, are not the likeliest ones, ``(m,)``.
     """
 
     terms: Terms
     probability: Tensor | None = None
-    certain: Tensor | None = None
+    missed: Tensor | None = None
+
+    def summed(self) -> Loss:
+        """The whole of it: the shares of all processes, without gradient; itself where there is one."""
+        if ranks()[1] == 1:
+            return self
+        rest = {"probability": self.probability, "missed": self.missed}
+        there = {name: value for name, value in rest.items() if value is not None}
+        whole = summed(torch.stack([value.detach().float() for value in (*self.terms.values(), *there.values())]))
+        terms = dict(zip(self.terms, whole, strict=False))
+        return Loss(terms, **dict(zip(there, whole[len(terms) :], strict=True)))
+
+    @property
+    def certain(self) -> Tensor | None:
+        """Whether all tokens of an edit's target are the likeliest ones in all its rows, ``(m,)``."""
+        return None if self.missed is None else self.missed == 0
 
     @property
     def total(self) -> Tensor:

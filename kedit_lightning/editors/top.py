@@ -17,6 +17,7 @@ from kedit_lightning.editors.stages import Loss, Stage, below
 from kedit_lightning.edits import Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.processes import once, share
 
 
 class TOP(ROME):
@@ -97,14 +98,17 @@ class TOP(ROME):
         return self.edit_loss(self.h_r, slip=self._slip() if self.preset == "released" else None)
 
     def _vector_loss(self) -> Callable[[], Loss]:
-        rows, wanted = self.batch.bare_rows, self.h_r.value
-        forward = self.forward_from(rows, {self.v.site: rows.at[self.v.token]}, last=self.h_r.site.layer)
+        v, h_r, m = self.v, self.h_r, len(self.batch)
+        mine = share(m).to(self.batch.edit.device)
+        rows, wanted = self.batch.bare_rows.select(mine), h_r.value[mine]
+        forward = self.forward_from(rows, {v.site: rows.at[v.token]}, last=h_r.site.layer) if len(rows) else None
 
         def loss() -> Loss:
-            found = forward.read({self.v.site: self.v.delta}, {self.h_r.site: rows.at[self.h_r.token]})[self.h_r.site]
-            found = found.float().to(wanted.device)
-            distance = objectives.distance(found, wanted)
-            decay = objectives.weight_decay(self.v.delta, self.v.origin)
+            found = wanted[:0]
+            if forward:
+                found = forward.read({v.site: v.delta[mine]}, {h_r.site: rows.at[h_r.token]})[h_r.site]
+            distance = objectives.sum_over_rows(objectives.distance(found.float().to(wanted.device), wanted), mine, m)
+            decay = once(objectives.weight_decay(v.delta, v.origin))
             return Loss({"distance": self.vec_loss_factor * distance, "weight_decay": self.v_weight_decay * decay})
 
         return loss

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from kedit_lightning.data.prompts import EditBatch
 from kedit_lightning.editors.parts import Parts
+from kedit_lightning.editors.reading import own_values
 from kedit_lightning.editors.stages import Loss, Outcome, Stage, ValueDelta
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import RejectedError
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.models.devices import is_out_of_memory
 from kedit_lightning.models.generation import generate
+from kedit_lightning.models.processes import attempted, is_shared_shortage, ranks, summed
+
+QUANTILES = (0.1, 0.5, 0.9)
+"""Of the losses of edits that are optimised together, as they are logged."""
 
 
 class StagedTraining(LightningModule, ABC):
@@ -25,6 +29,10 @@ class StagedTraining(LightningModule, ABC):
 
     A part is as many edits as memory takes at once; it goes through all stages before the next part begins, so what a
     stage keeps between its steps does not grow with n.
+
+    Several processes (`RowsStrategy`) hold the same δs and share out the rows. Losses are summed over them before
+    anything is decided and gradients before each update, so all make the same steps. A stage's `prepare`, and what it
+    gives, wait for no other process; `stop`, `observe` and `begin` see what is the same in all.
 
     Args:
         base: The frozen base model.
@@ -81,7 +89,7 @@ class StagedTraining(LightningModule, ABC):
             if self._stage is not None:
                 self._step(self._stage)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_shared_shortage(error):
                 raise
             self._stage = self._loss = None
             self.zero_grad()
@@ -101,10 +109,10 @@ class StagedTraining(LightningModule, ABC):
     def take_up(self, part: EditBatch) -> None:
         """Turn to some of the edits: δ = 0, and v₀ read on the bare prompts from the model as it stands."""
         self.part = self.batch = part.to(self.base.device)
-        rows = self.batch.bare_rows
-        origins = self.base.read(rows, {delta.site: rows.at[delta.token] for delta in self._deltas})
+        tokens = {delta.site: delta.token for delta in self._deltas}
+        origins = attempted(lambda: own_values(self.base, self.batch, tokens))
         for delta in self._deltas:
-            delta.open(part.index, origins[delta.site])
+            delta.open(part.index, summed(origins[delta.site]))
 
     def _enter_next_stage(self) -> None:
         """All edits of the part take part, with a new Adam: over some edits it is the same as over all."""
@@ -132,7 +140,7 @@ class StagedTraining(LightningModule, ABC):
         """Evaluate the loss of the edits of `batch` from now on."""
         self._running = torch.ones(len(self.batch), dtype=torch.bool, device=self.base.device)
         self._loss = None  # before the next, since it keeps what the model has cached for it
-        self._loss = stage.prepare()
+        self._loss = attempted(stage.prepare)
 
     def _turn_to(self, batch: EditBatch) -> None:
         self.batch = batch
@@ -146,11 +154,11 @@ class StagedTraining(LightningModule, ABC):
 
     def _step(self, stage: Stage) -> None:
         assert self._loss is not None
-        loss, running = self._loss(), self._running
+        own, running = attempted(self._loss), self._running
+        loss = own.summed()
         self._outcome.add(loss, self.batch.index, running.cpu(), self._evaluation)
         self._evaluation += 1
-        total = loss.total
-        self._check_finite(total)
+        self._check_finite(loss.total)
         self._log_curves(stage.name, self.part.index)
         running &= ~stage.stop(loss)
         self._outcome.converged[self.batch.index] = ~running.cpu()
@@ -160,7 +168,8 @@ class StagedTraining(LightningModule, ABC):
             return
         optimizer = self._optimizer
         optimizer.zero_grad()
-        self.manual_backward(total[running].sum())
+        self._add_gradients(own.total[running].sum())
+        self._sum_gradients([delta.delta for delta in stage.deltas])
         stage.observe(running)
         before = [delta.delta.detach().clone() for delta in stage.deltas]
         for delta in stage.deltas:
@@ -175,6 +184,15 @@ class StagedTraining(LightningModule, ABC):
         elif 2 * int(running.sum()) <= len(running):  # to prepare the loss anew costs about half an evaluation
             self._leave_out_those_done(torch.nonzero(running)[:, 0])
             self._go_on(stage)
+
+    def _add_gradients(self, own: Tensor) -> None:
+        """Those of this process's share of a loss; where it has no rows there are none."""
+        attempted(lambda: self.manual_backward(own) if own.requires_grad else None)
+
+    def _sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Those of all processes, before an update: all of them make the same."""
+        for parameter in parameters if ranks()[1] > 1 else ():
+            parameter.grad = summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
     def _leave_out_those_done(self, running: Tensor) -> None:
         self._turn_to(self.batch.select(running))
@@ -202,17 +220,19 @@ class StagedTraining(LightningModule, ABC):
             raise RejectedError(reasons)
 
     def _log_curves(self, name: str, index: Tensor) -> None:
-        """Means over some edits, those that are done included."""
+        """Means over some edits, those that are done included; of several the quantiles of their loss too."""
         outcome = self._outcome
-        means = {
-            f"{name}/{term}": float(values[index].mean())
-            for term, values in outcome.curves[self._evaluation - 1].items()
-        }
-        means[f"{name}/loss"] = sum(means.values())
+        terms = {term: values[index] for term, values in outcome.curves[self._evaluation - 1].items()}
+        curves = {f"{name}/{term}": float(values.mean()) for term, values in terms.items()}
+        loss = torch.stack(list(terms.values())).sum(dim=0)
+        curves[f"{name}/loss"] = float(loss.mean())
+        if len(index) > 1:
+            quantiles = loss.quantile(torch.tensor(QUANTILES)).tolist()
+            curves |= {f"{name}/loss_q{int(100 * q)}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
         if (probability := float(outcome.probability[index].mean())) == probability:  # nan: there is no target
-            means[f"{name}/target_probability"] = probability
+            curves[f"{name}/target_probability"] = probability
         for logger in self.loggers:  # not `self.log`, which would repeat a stage's last values in the next stage
-            logger.log_metrics(means, step=self.evaluations)
+            logger.log_metrics(curves, step=self.evaluations)
         self.evaluations += 1
 
     # ------------------------------------------------------------------ other loops

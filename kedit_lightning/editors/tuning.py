@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kedit_lightning.data.prompts import ContextTemplates
+from kedit_lightning.data.prompts import ContextTemplates, EditBatch
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.base import Editor, Preset
 from kedit_lightning.editors.checks import at_least
@@ -21,7 +21,7 @@ from kedit_lightning.editors.tuned import TunedWeight
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.models.devices import is_out_of_memory
+from kedit_lightning.models.processes import attempted, is_shared_shortage
 
 
 class WeightTraining(Editor):
@@ -49,6 +49,8 @@ class WeightTraining(Editor):
     Raises:
         KeditError: A setting is out of range or contradicts another.
     """
+
+    can_be_side_by_side = False
 
     def __init__(
         self,
@@ -111,11 +113,18 @@ class WeightTraining(Editor):
         """Get ready for one pass over one edit batch; neither keys nor values are kept, so any number of edits fits."""
         self.edits, self.outcomes, self.memory = edits, [], {}
         self.pass_, self.layer = pass_, self.passes()[pass_]
-        self.parts = Parts(
-            self.base, edits, self.templates, self.budget, separate=self.separate_targets, batch_size=self.batch_size
-        )
+        self.parts = self.share_out(edits)
         self.deltas = nn.ModuleList()
         self.locate()
+
+    def share_out(self, edits: Sequence[Edit]) -> Parts:
+        """As of any editor, a part of one mini-batch."""
+        separate, size = self.separate_targets, self.batch_size
+        return Parts(self.base, edits, self.templates, self.budget, separate=separate, batch_size=size)
+
+    def take_up(self, part: EditBatch) -> None:
+        """Turn to some of the edits."""
+        self.batch = part.to(self.base.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One Adam over all weights; its state lasts over the stages of a pass."""
@@ -138,7 +147,7 @@ class WeightTraining(Editor):
         try:
             self._evaluate(self._part, sum(len(self.parts[i]) for i in of_batch))
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_shared_shortage(error):
                 raise
             self.zero_grad()
             self.parts.divide(self._part)
@@ -164,11 +173,13 @@ class WeightTraining(Editor):
     def _evaluate(self, i: int, size: int) -> None:
         """Part i of a mini-batch of this many edits."""
         assert self._stage is not None
-        self.batch = self.parts[i].to(self.base.device)
-        loss = self._stage.prepare()()
+        self.take_up(self.parts[i])
+        stage = self._stage
+        own = attempted(lambda: stage.prepare()())
+        loss = own.summed()
         self._check_finite(loss.total)
         self._outcome.add(loss, self.batch.index, torch.ones(len(self.batch), dtype=torch.bool), self._evaluation)
-        self.manual_backward(loss.total.sum() / size)
+        self._add_gradients(own.total.sum() / size)
 
     def _found(self, index: Tensor) -> Loss:
         """The last evaluation of the loss of some edits."""
@@ -180,6 +191,7 @@ class WeightTraining(Editor):
         """Adam's step for the edits of a mini-batch."""
         assert self._stage is not None
         if not self._stage.stop(self._found(index)).all():
+            self._sum_gradients(list(self.deltas.parameters()))
             self._stage.observe(torch.ones(len(index), dtype=torch.bool))
             self._optimizer.step()
             for tuned in self.tuned:
@@ -220,6 +232,17 @@ class WeightTraining(Editor):
     @abstractmethod
     def names(self) -> list[str]:
         """The names of the weights that are edited, among the model's parameters."""
+
+    def needs(self, n: int) -> dict[torch.device, tuple[int, int]]:
+        """Of each weight W₀, W, its gradient and Adam's two moments, the ball's two surfaces, and Δ in main memory."""
+        found = {torch.device("cpu"): (self.update_size(n), 0)}
+        trained = (5 if self.norm_constraint is None else 7) * self.update_size(n)
+        found[self.base.device] = found.get(self.base.device, (0, 0))[0] + trained, 0
+        return found
+
+    def update_size(self, n: int) -> int:
+        """Dense, however many edits there are."""
+        return 4 * sum(self.base.weight(name).numel() for name in self.names())
 
     def locate(self) -> None:
         """Every weight that is edited is trained."""

@@ -56,12 +56,28 @@ def fingerprint_below(base: LanguageModel, layer: int) -> str:
         if name.startswith(above):
             continue
         value = base.pristine(name)
-        value = value[:, 0] if parameter.ndim == 1 else value
-        digest.update(f"{name} {(*value.shape, value.dtype)}".encode())
-        bits = value.detach().view(_INTEGERS[value.element_size()])
-        for axis, size in enumerate(bits.shape):
-            digest.update(bits.movedim(axis, 0).reshape(size, -1).sum(dim=1).cpu().numpy().data)
+        _add_sums(digest, name, value[:, 0] if parameter.ndim == 1 else value)
     return digest.hexdigest()
+
+
+def state(base: LanguageModel, names: Sequence[str]) -> str:
+    """Hash of what weights hold now, edits included: of the sums of the bits of each, as `fingerprint_below`.
+
+    Args:
+        base: The base model.
+        names: Names of weight matrices among its parameters.
+    """
+    digest = hashlib.sha256()
+    for name in names:
+        _add_sums(digest, name, base.weight(name))
+    return digest.hexdigest()
+
+
+def _add_sums(digest: hashlib._Hash, name: str, value: Tensor) -> None:
+    digest.update(f"{name} {(*value.shape, value.dtype)}".encode())
+    bits = value.detach().view(_INTEGERS[value.element_size()])
+    for axis, size in enumerate(bits.shape):
+        digest.update(bits.movedim(axis, 0).reshape(size, -1).sum(dim=1).cpu().numpy().data)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

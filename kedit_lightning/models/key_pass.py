@@ -209,7 +209,7 @@ class KeyPass(LightningModule):
         if not (keep or round_.doubling):
             return
         self.sums.gather(self.reader.base.device)
-        if round_.doubling:
+        if round_.doubling and self.reader.skip >= 0:  # the last tokens of prompts are no sample of anything
             self.sums.read_off(self.extent.tolerance)
         if keep:
             self._keep()

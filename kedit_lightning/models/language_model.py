@@ -9,14 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from kedit_lightning.edits import Site
 from kedit_lightning.errors import ModelError
 from kedit_lightning.models.architectures import Architecture
 from kedit_lightning.models.encoding import Batch, Row, encode
-from kedit_lightning.models.loading import find_architecture, load
+from kedit_lightning.models.loading import DeviceMap, find_architecture, load
+from kedit_lightning.models.offloading import device_of, not_held
+from kedit_lightning.models.side_by_side import SideBySide
 from kedit_lightning.models.weights import HALVES, EditableWeights
 from kedit_lightning.solvers import double
 
@@ -39,7 +41,9 @@ class LanguageModel(EditableWeights):
         dtype: Type of the weights. Edited matrices of a half-precision model keep a float32 master.
         architecture: Where the sub-blocks live, for a family outside the table in ``models/architectures.py``.
         attn_implementation: Attention kernel, as in transformers; default: the model's own.
-        device_map: Placement of the layers, as in transformers. Without it the Trainer's device is used.
+        device_map: Placement of the layers, as in transformers (needs accelerate), for a model larger than one GPU:
+            ``auto``, a device, or devices by names of modules, ``disk`` included. Matrices that are edited are not
+            offloaded. Without it the Trainer's device is used.
         revision: Branch, tag or commit of the model on the Hub.
 
     Raises:
@@ -52,7 +56,7 @@ class LanguageModel(EditableWeights):
         dtype: Dtype = "float32",
         architecture: Architecture | None = None,
         attn_implementation: str | None = None,
-        device_map: str | dict[str, int | str] | None = None,
+        device_map: DeviceMap | None = None,
         revision: str | None = None,
     ) -> None:
         where = name
@@ -60,11 +64,9 @@ class LanguageModel(EditableWeights):
             from kedit_lightning import almanac
 
             where = str(almanac.path())
-        model, tokenizer = load(
-            where, dtype, architecture, revision, attn_implementation=attn_implementation, device_map=device_map
-        )
+        model, tokenizer = load(where, dtype, architecture, revision, attn_implementation, device_map)
         self._wrap(model, tokenizer, architecture)
-        self._placed = device_map is not None
+        self._placed = self._mapped = device_map is not None
         self.name_or_path = name
 
     @classmethod
@@ -74,7 +76,7 @@ class LanguageModel(EditableWeights):
         """A base model around the caller's own model and tokenizer, edited in place."""
         self = cls.__new__(cls)
         self._wrap(model, tokenizer, architecture)
-        self._placed = True
+        self._placed, self._mapped = True, hasattr(model, "hf_device_map")
         return self
 
     def _wrap(
@@ -83,10 +85,12 @@ class LanguageModel(EditableWeights):
         config = model.config.get_text_config()
         self.architecture = find_architecture(model.config, architecture)
         super().__init__(model.eval().requires_grad_(False))
+        self.side_by_side = SideBySide(model)
         self.tokenizer = tokenizer
         self.name_or_path = str(model.config._name_or_path)
         # Families without position embeddings (BLOOM) name no limit.
-        self.max_length = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        limit = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+        self.max_length = int(min(limit, torch.iinfo(torch.int32).max))
         try:
             self.layers: Any = model.get_submodule(self.architecture.layers)
             model.get_submodule(self.architecture.embed)
@@ -114,15 +118,27 @@ class LanguageModel(EditableWeights):
 
     @property
     def device(self) -> torch.device:
-        """Device of the first block."""
-        device: torch.device = next(self.layers[0].parameters()).device
-        return device
+        """Device that the first block runs on."""
+        return device_of(self.layers[0])
 
     def to(self, device: torch.device) -> LanguageModel:
         """Place the model, unless a ``device_map`` (or the caller) has placed it already."""
         if not self._placed:
             self.model.to(device)  # type: ignore[arg-type]
         return self
+
+    def check_processes(self, n: int) -> None:
+        """Refuse several processes for a model that is spread over devices: each would load all of it.
+
+        Raises:
+            ModelError: There is a device map, and more than one process.
+        """
+        if self._mapped and n > 1:
+            msg = (
+                f"base.device_map: expected one process, got {n}, each of which would place the whole model on the "
+                "same devices: set trainer.devices and trainer.num_nodes to 1, or leave base.device_map out"
+            )
+            raise ModelError(msg)
 
     def check_layer(self, layer: int) -> int:
         """The layer, if the model has it.
@@ -189,7 +205,11 @@ class LanguageModel(EditableWeights):
         return encode(self.tokenizer, prompt, target, subject, max_length=self.max_length, separate=separate)
 
     def logits(
-        self, batch: Batch, at: tuple[Tensor, Tensor] | None = None, weights: Mapping[str, Tensor] | None = None
+        self,
+        batch: Batch,
+        at: tuple[Tensor, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        past: Cache | None = None,
     ) -> Tensor:
         """Next-token logits.
 
@@ -197,6 +217,7 @@ class LanguageModel(EditableWeights):
             batch: b rows of t tokens.
             at: Row and position of p tokens, both of shape ``(p,)``: the model's head is run on these only.
             weights: By name, in math orientation, what this pass takes instead of the model's own weights.
+            past: Keys and values of tokens that stand before the batch, whose mask covers these too.
 
         Returns:
             Shape ``(b, t, vocabulary)``, or ``(p, vocabulary)`` with ``at``.
@@ -206,10 +227,11 @@ class LanguageModel(EditableWeights):
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "position_ids": batch.position_ids,
-            "use_cache": False,
+            "past_key_values": past,
+            "use_cache": past is not None,
         }
         instead = {name: self.as_parameter(name, value) for name, value in (weights or {}).items()}
-        with self._head_at(at) if at else nullcontext():
+        with self._head_at(at) if at else nullcontext(), self.side_by_side.rows(batch.owner), not_held(self.model):
             out = functional_call(self.model, instead, (), inputs) if instead else self.model(**inputs)
         logits: Tensor = out.logits
         return logits[0] if at else logits
@@ -311,9 +333,9 @@ class LanguageModel(EditableWeights):
             hook.remove()
 
     @torch.no_grad()
-    def project(self, site: Site, key: Tensor) -> Tensor:
-        """What a site's linear map makes of a key, bias included; float64, shape ``(d,)`` from ``(k,)``."""
-        value = double(self.master(self.name(site))) @ double(key)
+    def project(self, site: Site, keys: Tensor) -> Tensor:
+        """What a site's linear map makes of keys, bias included; float64, shape ``(n, d)`` from ``(n, k)``."""
+        value = double(keys) @ double(self.master(self.name(site))).T
         bias = self.linear(site).bias
         return value if bias is None else value + double(bias)  # type: ignore[arg-type]
 

@@ -52,6 +52,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def owner(self) -> Tensor:
+        """A document is of no edit."""
+        return torch.full((len(self),), -1)
+
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on another device."""
         mask = None if self.attention_mask is None else self.attention_mask.to(device)

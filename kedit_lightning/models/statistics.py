@@ -134,6 +134,11 @@ class Statistics:
             raise StatisticsError(msg)
         self._corpus.identity()
 
+    def wanted(self, base: LanguageModel) -> int | Literal["full"]:
+        """How many tokens are counted; ``full``: those of all ``n_samples`` documents."""
+        widest = max(base.weight(Site(0, part)).shape[1] for part in ("attn", "mlp"))
+        return self.tokens or TOKENS_PER_DIMENSION * widest
+
     def files(self, base: LanguageModel, sites: Sequence[Site]) -> dict[Site, Path]:
         """Where the computed statistics of sites are kept, or would be."""
         names = {site: base.name(site).removesuffix(".weight") for site in sites}
@@ -150,8 +155,8 @@ class Statistics:
         about = self._about(base, names)
         kept = {site: self._cache.load(about[site], widths[site]) for site in names}
         found = {site: moment for site, moment in kept.items() if moment is not None}
-        missing = of_all([site for site in names if site not in found])  # so that all processes do the same pass
-        if missing:
+        anywhere = of_all([name for site, name in names.items() if site not in found])  # so that all do the same pass
+        if missing := [site for site in names if names[site] in anywhere]:
             found |= self._pass(base, missing, about, accelerator, devices)
         return {site: found[site] for site in names}
 
@@ -212,10 +217,9 @@ class Statistics:
 
     def _about(self, base: LanguageModel, names: dict[Site, str]) -> dict[Site, About]:
         """For each site everything that changes the answer, in words for the file's header."""
-        widest = max(base.weight(Site(0, part)).shape[1] for part in ("attn", "mlp"))
         shared = {
             "documents": self._corpus.identity(),
-            "tokens": str(self.tokens or TOKENS_PER_DIMENSION * widest),
+            "tokens": str(self.wanted(base)),
             "n_samples": str(self.n_samples),
             "seed": str(self.seed),
             "max_length": str(min(self.max_length, base.max_length)),

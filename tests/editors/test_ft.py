@@ -240,6 +240,18 @@ def test_out_of_memory_halves_the_part(tmp_path: Path, caplog: pytest.LogCapture
         assert float((found[name] - update).norm()) < 1e-5 * float(update.norm()), name
 
 
+def test_an_edit_that_does_not_fit_alone_gets_advice_that_fits(tmp_path: Path) -> None:
+    """FT has no context templates that could be fewer."""
+    base = tiny_base("gpt2")
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    base.logits = full  # type: ignore[method-assign]
+    with pytest.raises(KeditError, match=r"with this edit alone \(\d+ tokens\); load the model in bfloat16$"):
+        fit(FT(base, [1], **QUICK), BATCH, tmp_path, batch_size=3)
+
+
 # ---------------------------------------------------------------------- the elastic net
 
 

@@ -350,11 +350,11 @@ def test_pmet_stops_when_certain_and_counts_the_nll_a_tenth() -> None:
         return loss().terms["nll"].detach()
 
     torch.testing.assert_close(nll(evaluate), 2.0 * nll(plain))
-    kl, certain = torch.tensor([0.02, 0.01, 0.005, 0.5]), torch.tensor([True, True, False, False])
-    said = Loss({"nll": torch.tensor([1.0, 1.0, 1.0, 1.0]), "kl": kl}, torch.ones(4), certain)
+    kl, missed = torch.tensor([0.02, 0.01, 0.005, 0.5]), torch.tensor([0.0, 0.0, 1.0, 3.0])
+    said = Loss({"nll": torch.tensor([1.0, 1.0, 1.0, 1.0]), "kl": kl}, torch.ones(4), missed)
     assert stage.stop(said).tolist() == [False, True, False, False]
     torch.testing.assert_close(nll(evaluate), torch.tensor([0.2, 0.2, 2.0, 2.0]) * nll(plain))
-    said = Loss({"nll": torch.tensor([0.02, 0.0, 0.02, 0.02]), "kl": kl}, torch.ones(4), torch.zeros(4) > 0)
+    said = Loss({"nll": torch.tensor([0.02, 0.0, 0.02, 0.02]), "kl": kl}, torch.ones(4), torch.ones(4))
     assert stage.stop(said).tolist() == [True, True, True, False], "a loss below 0.05 is enough"
     torch.testing.assert_close(nll(evaluate), 2.0 * nll(plain), msg="certain no longer: the NLL counts in full again")
 

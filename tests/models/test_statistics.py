@@ -30,7 +30,8 @@ from kedit_lightning.models.factors import condition, factorise
 from kedit_lightning.models.fingerprint import fingerprint, fingerprint_below
 from kedit_lightning.models.key_pass import KeyPass
 from kedit_lightning.models.key_statistics import Identity, KeyStatistics
-from kedit_lightning.models.processes import agreed, together
+from kedit_lightning.models.launching import together
+from kedit_lightning.models.processes import agreed
 from kedit_lightning.models.second_moment import SecondMoment
 from kedit_lightning.models.statistics import Statistics, compute
 from kedit_lightning.trainer import EditTrainer
