@@ -67,7 +67,8 @@ def edit_loss(
     nothing = torch.zeros(0, 1, device=mine.device)
     with torch.no_grad():
         added = {site: delta[edit] for site, delta in (kl_reference or {}).items()}
-        reference = run.logits(added, (kl_row, kl_at)).float().log_softmax(-1) if run and len(kl_row) else nothing
+        # In the very pass of the loss, so that at δ = 0 the KL is exactly 0: Adam makes steps of the rounding of two.
+        reference = run.logits(added, read)[len(line) :].float().log_softmax(-1) if run and len(kl_row) else nothing
 
     def loss() -> Loss:
         logits = run.logits({delta.site: delta.delta[edit] for delta in deltas}, read) if run else nothing

@@ -81,9 +81,10 @@ class Launcher(_SubprocessScriptLauncher):
             with suppress(RuntimeError):  # the first is gone
                 if lost:
                     store.check([REASON])
-                else:
-                    store.set(REASON, f"process {rank} has failed: {error or type(error).__name__}")
-                instead = ElsewhereError(str(error)) if lost or isinstance(error, KeditError) else None
+                    instead = ElsewhereError(str(self._lost(rank)))
+                elif isinstance(error, Exception):  # no interrupt, which the first has itself
+                    store.set(REASON, f"process {rank} has failed: {str(error) or type(error).__name__}")
+                    instead = ElsewhereError(str(error)) if isinstance(error, KeditError) else None
         elif lost:  # the others find it as well, or say why they have ended
             _wait(self.procs, MOMENT)
             if store and store.check([REASON]):
