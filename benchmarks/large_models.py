@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measuring import machine, resident
 from benchmarks.shapes import KINDS, SHAPES, build, editor, prompt_set
-from benchmarks.value_stage import Runner, Timing, clock, machine, resident
+from benchmarks.value_stage import Runner, Timing, clock
 from kedit_lightning.edits import Site
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.key_statistics import KeyStatistics

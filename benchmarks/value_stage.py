@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from benchmarks.measuring import machine, resident
 from benchmarks.shapes import KINDS, SHAPES, Counting, Flop, Shape, build, editor, prompt_set
-from kedit_lightning import __version__
 from kedit_lightning.editors import Editor
 from kedit_lightning.editors.stages import Stage
 from kedit_lightning.edits import Edit, Site
@@ -190,24 +187,7 @@ def grown(kind: str, forward: str, n: int, settings: Mapping[str, Any]) -> float
     return ((torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before) / 1e6
 
 
-def resident(what: str) -> int:
-    """Bytes of this process in main memory: now (``VmRSS``), or at most (``VmHWM``)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
-
-
 # ---------------------------------------------------------------------- the table
-
-
-def machine(device: str) -> str:
-    """What this was run on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    if device == "cpu" and (info := Path("/proc/cpuinfo")).exists():
-        name = next(line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line)
-    return (
-        f"{name}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, kedit_lightning {__version__}; {datetime.now(UTC):%Y-%m-%d}"
-    )
 
 
 def rows(kind: str, cases: Sequence[Case], batch: int, share: float, memory: Sequence[float]) -> Iterator[str]:

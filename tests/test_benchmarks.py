@@ -124,3 +124,14 @@ def test_large_models(kinds: tuple[str, ...], capsys: pytest.CaptureFixture[str]
     published = {line[0].strip(): line[8].strip() for line in lines}
     known = {"ROME": "4.4 (12.2)", "MEMIT": "3.2 (8.9)", "JEEP": "1.19 (3.3)"}
     assert published == {kind: known.get(kind, "") for kind in kinds}
+
+
+@pytest.mark.slow
+def test_large_models_at_real_widths_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command that stands in for the GPU's where none is at hand: two layers of GPT-J's width."""
+    words = (
+        "--shape gpt-j-6b --layers 2 --device cpu --dtype float32 --rounds 1 --edits 1 --threads 2 --editors ROME MEMIT"
+    )
+    large_models.main(words.split())
+    shown = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in shown.splitlines() if re.match(ROW, line)] == ["ROME", "MEMIT"]
