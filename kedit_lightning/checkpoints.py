@@ -44,7 +44,7 @@ class Checkpoints:
         """
         self.there = {record["edits"] for record in self.trainer.run.checkpoints.records()}
         if 0 in self.at and 0 not in self.there:
-            self._keep(0, unedited, EditMetrics())
+            self._keep(0, unedited, self.measurement.evaluator.new())
 
     def reach(self, done: int, latest: int) -> None:
         """Score the model if one of the numbers is reached by the latest batch.

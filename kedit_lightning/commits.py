@@ -17,7 +17,7 @@ from kedit_lightning.editors import Editor
 from kedit_lightning.editors.stages import latest
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import RejectedError
-from kedit_lightning.models.fingerprint import state
+from kedit_lightning.models.fingerprint import checksum, state
 from kedit_lightning.models.processes import ranks, same
 from kedit_lightning.resume import random_stream
 from kedit_lightning.run import Content, Record
@@ -164,7 +164,9 @@ class Commits:
                 lines[place] |= {"commit": self.number + i * editor.side_by_side, "stages": self._stages(i)}
             commits = self._contents(edits, [lines[place] for place in places], deltas)
             if ranks()[1] > 1:
-                same("the edited weights", state(editor.base, editor.names()), "resume the run; report it as a defect")
+                updates = {f"{i}/{name}": t for i, delta in enumerate(deltas) for name, t in delta.tensors.items()}
+                found = state(editor.base, editor.names()) + checksum(updates)  # side by side no weight is edited
+                same("the edited weights", found, "resume the run; report it as a defect")
             run.commit(commits, lines)
         for i, (_, _, metadata, memory) in enumerate(commits):
             self._remember(memory)

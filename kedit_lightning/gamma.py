@@ -23,6 +23,7 @@ from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import eac_names
+from kedit_lightning.models.memory import fitting
 from kedit_lightning.writing import write_beside, write_csv
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ class GammaSearch:
         """The scores of single edits under one γ."""
         editor, evaluator = self.editor, self.measurement.evaluator
         editor.compress, metrics = setting, evaluator.new()
-        for block in batched(self.edits, SIDE_BY_SIDE):
+        together = fitting(min(SIDE_BY_SIDE, len(self.edits)), editor.needs, editor.update_size(1))
+        for block in batched(self.edits, together):
             made = self._edit(block, fit)
             evaluator.update(metrics, block, owners=[made.index(i) if i in made else -1 for i in range(len(block))])
         found = metrics.compute()

@@ -20,7 +20,7 @@ from kedit_lightning.edits import Edit, Site
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.models.devices import free_memory
 from kedit_lightning.models.key_statistics import Identity, KeyStatistics
-from kedit_lightning.models.memory import room
+from kedit_lightning.models.memory import fitting, room
 from kedit_lightning.models.progress import steps
 from kedit_lightning.models.weights import HALVES
 from kedit_lightning.plan import DISK, Moments, Need, Plan, Rows
@@ -105,17 +105,28 @@ def parallel(trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -
         editor: The editor, whose second moments are there.
         datamodule: The edits.
     """
-    wanted, n = datamodule.parallel_edits, len(datamodule.edits)
-    watched = any(isinstance(one, EditCallback) and one.reads_weights for one in trainer.callbacks)  # type: ignore[attr-defined]
-    if not (datamodule.single and editor.can_be_side_by_side) or watched or trainer.on_rejected == "stop":
+    if not datamodule.single:
         return 1
-    n = fitting = min(wanted or SIDE_BY_SIDE, n)
-    each = editor.update_size(1)
-    while fitting > 1 and room({d: (fixed, b + each) for d, (fixed, b) in editor.needs(fitting).items()}) < fitting:
-        fitting //= 2
-    if fitting < n and wanted:
-        _log.warning("%d edits side by side do not fit into memory: going on with %d.", n, fitting)
-    return fitting
+    wanted, watching = (
+        datamodule.parallel_edits,
+        [
+            type(one).__name__
+            for one in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(one, EditCallback) and one.reads_weights
+        ],
+    )
+    reasons = [f"{type(editor).__name__} trains weights"] if not editor.can_be_side_by_side else []
+    reasons += [f"{name} looks at the edited weights" for name in watching]
+    reasons += ["trainer.on_rejected is stop"] if trainer.on_rejected == "stop" else []
+    if reasons:
+        if wanted is not None and wanted > 1:
+            _log.warning("warning: edits are made one by one, not %d side by side: %s", wanted, "; ".join(reasons))
+        return 1
+    n = min(wanted or SIDE_BY_SIDE, len(datamodule.edits))
+    found = fitting(n, editor.needs, editor.update_size(1))
+    if found < n and wanted:
+        _log.warning("%d edits side by side do not fit into memory: going on with %d.", n, found)
+    return found
 
 
 def count(editor: Editor, batches: Sequence[Sequence[Edit]]) -> Rows:

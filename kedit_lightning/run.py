@@ -16,7 +16,7 @@ from kedit_lightning.delta import WeightDelta
 from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.lines import Lines, as_lines
 from kedit_lightning.lines import Record as Record
-from kedit_lightning.models.processes import first, ranks
+from kedit_lightning.models.processes import first
 from kedit_lightning.writing import locked, unwritable, write_beside
 
 Commit = tuple[int, list[WeightDelta], Record]
@@ -97,17 +97,17 @@ class RunDirectory:
         Raises:
             KeditError: The disk is full.
         """
+        first(lambda: self._commit(commits, records))
+
+    def _commit(self, commits: Sequence[Content], records: Sequence[Record]) -> None:
         try:
-            first(lambda: self._save(commits))
+            for number, deltas, metadata, memory in commits:
+                delta_files.save(self._file(number), deltas, metadata, memory)
             self.lines.append(records)
         except BaseException:  # an interrupt too: the trainer rolls the weights back, so the commits go as well
-            for number, *_ in commits if ranks()[0] == 0 else ():  # another may have lost the first, which was done
+            for number, *_ in commits:
                 self._file(number).unlink(missing_ok=True)
             raise
-
-    def _save(self, commits: Sequence[Content]) -> None:
-        for number, deltas, metadata, memory in commits:
-            delta_files.save(self._file(number), deltas, metadata, memory)
 
     def recover(self, sizes: Sequence[int]) -> list[Record]:
         """Cut the run back to its last durable edit batch.

@@ -95,7 +95,7 @@ class EditStream:
         else:
             first(lambda: resume.check_moments(run, moments, anyway=self.anyway))
             editor.templates = run.read_json(CONTEXTS)["templates"]
-        editor.budget, self.parallel = begun["budget"], begun["parallel_edits"]
+        editor.budget, self.parallel = begun["budget"], begun.get("parallel_edits", 1)
         editor.side_by_side = self.parallel > 1
         fingerprint = {"names": editor.names(), "value": here["weights"]}
         self.commits = Commits(self.trainer, editor, self.datamodule, self.fit, begun["seed"], fingerprint)
@@ -123,14 +123,14 @@ class EditStream:
                 self.commits.again(lines, write=False)
                 continue
             self.editor.restore()
-            first = self.commits.done
+            begin = self.commits.done
             records: list[Record] = []
             for batch in group:
                 records += self._batch(batch, index)
                 if self.trainer.stop_stream:
                     break
             if not measured:
-                self._measure(first, edits[: len(records)], records)
+                self._measure(begin, edits[: len(records)], records)
             if self.trainer.stop_stream:
                 break
 
@@ -141,11 +141,11 @@ class EditStream:
         records: list[Record] = []
         try:
             for block in map(list, batched(self.edits, self.parallel)):
-                first, lines = self.commits.done, self._there(len(block))
+                begin, lines = self.commits.done, self._there(len(block))
                 measured = self._measured(block, lines)
-                records = self._batch(block, first, write=not measured)
+                records = self._batch(block, begin, write=not measured)
                 if not measured:
-                    self._measure(first, block, records)
+                    self._measure(begin, block, records)
                 if self.trainer.stop_stream:
                     break
         finally:
@@ -176,7 +176,7 @@ class EditStream:
             self.checkpoints.reach(self.commits.done, len(batch))
         return lines
 
-    def _measure(self, first: int, edits: list[Edit], records: list[Record]) -> None:
+    def _measure(self, begin: int, edits: list[Edit], records: list[Record]) -> None:
         """Measure the edits since the last restoration, rejected ones too, and complete their lines."""
         owners = self.commits.owners if self.editor.side_by_side else None
         answers = self.measurement.answers(edits, owners)
@@ -185,7 +185,7 @@ class EditStream:
             after = self.measurement.score("after", [edits], self.post, owners=owners, answers=answers)
         for record, answer, measured in zip(records, answers, after, strict=True):
             record["answer_after"], record["after"] = answer, measured
-        self.run.lines.replace(first, records)
+        self.run.lines.replace(begin, records)
         self.trainer.tell("on_edits_evaluated", self.editor, records)
 
     def close(self) -> Record:

@@ -87,6 +87,7 @@ class Studies(Trainer):
         Returns:
             The plan, which is also shown.
         """
+        self._alone("plan")
         found = plan(cast("EditTrainer", self), model, given(datamodule, "fit"))
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Console):

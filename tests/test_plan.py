@@ -284,7 +284,7 @@ def test_whether_it_fits(changes: dict[str, Any], tight: list[str], advice: str)
     found = replace(PLAN, **changes)
     assert found.tight == tight
     assert advice in found.advice
-    assert ("fits yes" in shown(found)) is not tight or not tight
+    assert ("fits yes" in shown(found)) is not bool(tight)
     assert (f"no: {' and '.join(tight)} too small" in shown(found)) is bool(tight)
 
 

@@ -53,10 +53,13 @@ class EditCallback(Callback):
         """All of them are scored."""
 
     def on_update_written(self, trainer: Trainer, editor: Editor, delta: WeightDelta) -> None:
-        """An update has been added to the weights; others of the edit batch may follow."""
+        """An update has been added to the weights, or side by side to its edit's rows; others may follow."""
 
     def on_edits_committed(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
-        """An edit batch is in the weights and on the disk; ``records``: its lines of edits.jsonl, without "after"."""
+        """An edit batch is in the weights and on the disk; ``records``: its lines of edits.jsonl, without "after".
+
+        The weights of edits side by side are the unedited ones: say `reads_weights` to have edits made one by one.
+        """
 
     def on_edits_rejected(self, trainer: Trainer, editor: Editor, records: Sequence[Record]) -> None:
         """Edits are not written, and their lines of edits.jsonl, with ``rejected`` (why), are on the disk.

@@ -23,6 +23,7 @@ from kedit_lightning.metrics.drift import WeightDrift
 from kedit_lightning.metrics.perplexity import perplexity
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.corpora import Corpus
+from kedit_lightning.models.processes import agreed
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
@@ -77,7 +78,7 @@ class _State:
 
     def measure(self, editor: Editor) -> Record:
         """A check of the model as it is now."""
-        base, metric = editor.base, WeightDrift()
+        base, metric = editor.base, WeightDrift(sync_on_compute=False)
         drift = {name: _plain(metric(base.pristine(name), base.weight(name))) for name in editor.names()}
         norms, self.norms, self.checked = self.norms, {}, self.committed
         return {
@@ -220,7 +221,8 @@ class CollapseWatch(EditCallback):
     def _check(self, trainer: EditTrainer, editor: Editor, state: _State) -> None:
         """Measure, keep, and say what is new."""
         earlier = self.thresholds.crossed(state.history)
-        state.history.append(check := state.measure(editor))
+        check = state.measure(editor)
+        state.history.append(check := agreed(check))  # what each process decides by
         crossed = self.thresholds.crossed(state.history)
         check["warnings"] = list(crossed.values())
         state.lines.append([check])

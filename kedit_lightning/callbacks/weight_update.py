@@ -85,6 +85,8 @@ def _rejecting(editor: Editor) -> Iterator[None]:
     """Reject all edits of the batch where what is to be solved for, or what is solved, is not finite."""
     try:
         yield
+    except RejectedError:
+        raise
     except (KeditError, NotFiniteError) as error:
         if not isinstance(error, NotFiniteError) and not isinstance(error.__cause__, NotFiniteError):
             raise

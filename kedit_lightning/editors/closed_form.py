@@ -14,8 +14,9 @@ from kedit_lightning.editors.reading import Keys, read_keys, read_values
 from kedit_lightning.editors.stages import ValueDelta, latest
 from kedit_lightning.editors.training import StagedTraining
 from kedit_lightning.edits import Part, Site, Token
-from kedit_lightning.errors import KeditError
+from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.models.key_statistics import KeyStatistics
+from kedit_lightning.solvers import NotFiniteError
 
 Spread = Literal["even", "sqrt"]
 
@@ -77,9 +78,20 @@ class ClosedForm(StagedTraining):
                     try:
                         update = self.solve(site, residual[edits], keys[site].mean[edits], weight)
                     except ValueError as error:
-                        msg = f"layer {layer}, {part}: {error}"
-                        raise KeditError(msg) from error
+                        raise self.unsolvable(edits.start, f"layer {layer}, {part}", error) from error
                     yield replace(update, edit=edits.start)
+
+    def unsolvable(self, edit: int | None, where: str, error: ValueError) -> KeditError:
+        """What to raise where an update cannot be solved for.
+
+        Args:
+            edit: Whose it is; of edits side by side it alone is rejected where something of it is not finite.
+            where: Words before the reason.
+            error: The reason.
+        """
+        if self.side_by_side and edit is not None and isinstance(error, NotFiniteError):
+            return RejectedError({edit: f"case {self.edits[edit].case_id}: {error}"})
+        return KeditError(f"{where}: {error}")
 
     def solved_together(self) -> list[slice]:
         """The edits in groups of those that one update writes: all of them, or each by itself where side by side."""

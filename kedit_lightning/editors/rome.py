@@ -12,7 +12,6 @@ from kedit_lightning.editors.checks import at_least
 from kedit_lightning.editors.closed_form import Spread
 from kedit_lightning.editors.stages import Stage, below
 from kedit_lightning.edits import Site, Token
-from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
 
 
@@ -85,8 +84,7 @@ class ROME(Editor):
             try:
                 left, right = solvers.constrained(residual, direction[i], keys.bare[i])
             except ValueError as error:
-                msg = f"case {request.case_id}: {error}"
-                raise KeditError(msg) from error
+                raise self.unsolvable(i, f"case {request.case_id}", error) from error
             if not self.side_by_side:
                 present = present + solvers.double(keys.bare) @ right @ left.T
             yield WeightDelta.low_rank(self.base.name(site), left, right, edit=i)

@@ -94,8 +94,8 @@ class WeightDrift(Metric):
     squares_change: Tensor
     spectral: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         for name in ("l1_before", "l1_after", "l1_change", "squares_before", "squares_change"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("spectral", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")

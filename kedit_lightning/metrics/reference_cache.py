@@ -40,6 +40,7 @@ def about(evaluator: Evaluator, groups: Sequence[Sequence[Edit]], environment: R
     return {
         "weights": fingerprint_below(base, base.num_layers - 1),
         "attention": str(base.model.config.get_text_config()._attn_implementation),
+        "device_map": str(getattr(base.model, "hf_device_map", None)),
         "edits": _hash(repr([list(group) for group in groups])),
         "reference_texts": _hash(json.dumps(evaluator.reference_texts, sort_keys=True)),
         "scored": scored,

@@ -31,6 +31,8 @@ MOMENT = 3.0
 """Seconds in which a process that finds another one ended leaves by itself."""
 STARTED_BY = "KEDIT_STARTED_BY"
 """Environment variable: the process that has started this one."""
+INTERRUPTED = 130
+"""Exit status of a command that was interrupted."""
 REASON = "kedit/reason"
 """Under which a process that fails leaves its reason to the first, which says it."""
 
@@ -74,6 +76,9 @@ class Launcher(_SubprocessScriptLauncher):
 
         Returns:
             What is to be raised instead; None: the error itself.
+
+        Raises:
+            KeyboardInterrupt: Another one was interrupted, and has ended before this one was.
         """
         lost, store = _is_loss(error), distributed.is_initialized() and _get_default_store()
         instead: KeditError | None = None
@@ -89,7 +94,10 @@ class Launcher(_SubprocessScriptLauncher):
             _wait(self.procs, MOMENT)
             if store and store.check([REASON]):
                 instead = KeditError(store.get(REASON).decode())
+        interrupted = any(process.poll() == INTERRUPTED for process in self.procs)
         self.kill(signal.SIGKILL)  # before the connection ends, which they would say
+        if lost and interrupted:
+            raise KeyboardInterrupt from error
         return instead or (self._lost(rank) if lost else None)
 
     def _incomplete(self) -> bool:
@@ -158,7 +166,7 @@ def strategy_of(name: str, devices: int | str | list[int], num_nodes: int) -> st
     elif str(devices) in ("auto", "-1"):
         many = torch.cuda.device_count() > 1
     else:
-        many = "," in str(devices) or int(devices) > 1
+        many = "," in str(devices) or str(devices) not in ("0", "1")
     return RowsStrategy() if known == "ddp" or many or num_nodes > 1 else known
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -55,6 +55,19 @@ def room(needs: Mapping[torch.device, tuple[int, int]]) -> int:
     """For how many edits there is room, by what they need (`needed`); where none needs any, for all."""
     left = {device: free_memory(device) - fixed for device, (fixed, _) in needs.items()}
     return min((max(0, left[device] // each) for device, (_, each) in needs.items() if each), default=sys.maxsize)
+
+
+def fitting(n: int, needs: Callable[[int], Mapping[torch.device, tuple[int, int]]], each: int) -> int:
+    """How many of n edits are made together: n, halved until there is room.
+
+    Args:
+        n: How many there are to be.
+        needs: What a number of them needs (`needed`).
+        each: Bytes that an edit takes beside that, on every device.
+    """
+    while n > 1 and room({device: (fixed, more + each) for device, (fixed, more) in needs(n).items()}) < n:
+        n //= 2
+    return n
 
 
 def require(
