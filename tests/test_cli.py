@@ -267,7 +267,7 @@ def test_protocols(
     monkeypatch.setattr(LanguageModel, "_wrap", keep)
     monkeypatch.setattr(LanguageModel, "restore", check)
     every = "null" if restore_every is None else restore_every
-    args = ("--data.batch_size", batch_size, "--data.restore_every", every)
+    args = ("--data.batch_size", batch_size, "--data.restore_every", every, "--data.parallel_edits", 1)
     path = world.fit(world.config("ROME"), *args, name=f"protocol-{batch_size}-{every}")
     run = RunDirectory(path)
     cases = [edit["case_id"] for edit in world.edits]

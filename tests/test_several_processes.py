@@ -337,7 +337,7 @@ def test_one_that_does_not_wait_for_the_others_is_ended_too(pair: dict[int, Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("point", "nth", "whole"), [("run:RunDirectory._save", 3, 2), ("lines:Lines._write", 5, 1)])
+@pytest.mark.parametrize(("point", "nth", "whole"), [("run:RunDirectory._commit", 3, 2), ("lines:Lines._write", 5, 1)])
 def test_the_first_is_killed_while_it_writes(
     pair: dict[int, Path], world: World, point: str, nth: int, whole: int
 ) -> None:

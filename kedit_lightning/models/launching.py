@@ -57,7 +57,7 @@ class Launcher(_SubprocessScriptLauncher):
         def watch() -> None:
             while not over.wait(1):
                 if self._incomplete() and not over.wait(PATIENCE):
-                    say(str(self._lost(rank)))
+                    say(_left() or str(self._lost(rank)))
                     self.kill(signal.SIGKILL)
                     os._exit(1)
 
@@ -92,8 +92,8 @@ class Launcher(_SubprocessScriptLauncher):
                     instead = ElsewhereError(str(error)) if isinstance(error, KeditError) else None
         elif lost:  # the others find it as well, or say why they have ended
             _wait(self.procs, MOMENT)
-            if store and store.check([REASON]):
-                instead = KeditError(store.get(REASON).decode())
+            if (left := _left()) is not None:
+                instead = KeditError(left)
         interrupted = any(process.poll() == INTERRUPTED for process in self.procs)
         self.kill(signal.SIGKILL)  # before the connection ends, which they would say
         if lost and interrupted:
@@ -113,6 +113,12 @@ class Launcher(_SubprocessScriptLauncher):
             f"process {rank} has lost the others{which or ', of which one has ended or cannot be reached'}; run the "
             "command again (what `kedit fit` has committed is kept, and --resume goes on from there)"
         )
+
+
+def _left() -> str | None:
+    """The reason that a process which has failed has left; None where there is none."""
+    store = _get_default_store() if distributed.is_initialized() else None
+    return store.get(REASON).decode() if store is not None and store.check([REASON]) else None
 
 
 class RowsStrategy(DDPStrategy):

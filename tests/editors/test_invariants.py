@@ -102,7 +102,7 @@ def test_edits_together_are_edits_one_by_one(run: Run) -> None:
     base, alone = tiny_base(run.family), Kept()
     editor = make(type(run.editor).__name__, base, clamp_norm_factor=CLAMP)
     end_at(editor, ENDS)
-    fit(editor, BATCH, run.folder, alone, batch_size=1, restore_every=1)
+    fit(editor, BATCH, run.folder, alone, batch_size=1, restore_every=1, parallel_edits=1)
     assert len(alone.commits) == len(BATCH)
     for j, (delta, value) in enumerate(run.kept.commits[0]):
         assert relative(delta, torch.cat([commit[j][0] for commit in alone.commits])) < 1e-5

@@ -311,11 +311,11 @@ def test_alphaedit_remembers_nothing_of_a_commit_that_fails(tmp_path: Path, monk
     editor, _ = alphaedit(base, tmp_path)
     commit = RunDirectory.commit
 
-    def fails(self: RunDirectory, number: int, *args: Any) -> None:
-        if number == 1:
+    def fails(self: RunDirectory, commits: Any, records: Any) -> None:
+        if commits[0][0] == 1:
             msg = "the disk is full"
             raise KeditError(msg)
-        commit(self, number, *args)
+        commit(self, commits, records)
 
     monkeypatch.setattr(RunDirectory, "commit", fails)
     with pytest.raises(KeditError, match="disk is full"):
