@@ -107,16 +107,10 @@ def parallel(trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -
     """
     if not datamodule.single:
         return 1
-    wanted, watching = (
-        datamodule.parallel_edits,
-        [
-            type(one).__name__
-            for one in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(one, EditCallback) and one.reads_weights
-        ],
-    )
+    wanted = datamodule.parallel_edits
+    hearing = [one for one in trainer.callbacks if isinstance(one, EditCallback)]  # type: ignore[attr-defined]
     reasons = [f"{type(editor).__name__} trains weights"] if not editor.can_be_side_by_side else []
-    reasons += [f"{name} looks at the edited weights" for name in watching]
+    reasons += [f"{type(one).__name__} looks at the edited weights" for one in hearing if one.reads_weights]
     reasons += ["trainer.on_rejected is stop"] if trainer.on_rejected == "stop" else []
     if reasons:
         if wanted is not None and wanted > 1:
