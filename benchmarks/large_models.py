@@ -12,7 +12,6 @@ form) is run whole, with C factorised before.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measuring import machine, resident
-from benchmarks.shapes import KINDS, SHAPES, build, editor, prompt_set
+from benchmarks.shapes import SHAPES, build, command, editor, prompt_set
 from benchmarks.value_stage import Runner, Timing, clock
 from kedit_lightning.edits import Site
 from kedit_lightning.models import LanguageModel
@@ -82,15 +81,8 @@ def measure(kind: str, base: LanguageModel, shape: str, n: int, rounds: int, mom
 
 def main(words: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="gpt-j-6b")
-    parser.add_argument("--layers", type=int, help="cut the model to so many; the edited ones are scaled")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = command(__doc__, shape="gpt-j-6b", dtype="bfloat16", device="cuda", rounds=3)
     parser.add_argument("--edits", type=int, nargs="+", default=(1, 100, 1000))
-    parser.add_argument("--editors", nargs="+", choices=KINDS, default=KINDS)
     args, say = parser.parse_args(words), sys.stdout.write
     torch.set_num_threads(args.threads)
     layers = args.layers or SHAPES[args.shape].layers

@@ -8,6 +8,7 @@ every four letters, which makes 7 to 18 tokens a prompt.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -238,3 +239,16 @@ class Counting:
 
         forward.logits, forward.read = counted_logits, counted_read  # type: ignore[method-assign]
         return forward
+
+
+def command(description: str | None, *, shape: str, dtype: str, device: str, rounds: int) -> argparse.ArgumentParser:
+    """A command line that says which models and editors are meant, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default=shape)
+    parser.add_argument("--layers", type=int, help="cut the model to so many; the edited ones are scaled")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--editors", nargs="+", choices=KINDS, default=KINDS)
+    return parser

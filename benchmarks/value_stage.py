@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import machine, resident
-from benchmarks.shapes import KINDS, SHAPES, Counting, Flop, Shape, build, editor, prompt_set
+from benchmarks.shapes import SHAPES, Counting, Flop, Shape, build, command, editor, prompt_set
 from kedit_lightning.editors import Editor
 from kedit_lightning.editors.stages import Stage
 from kedit_lightning.edits import Edit, Site
@@ -210,16 +210,9 @@ def rows(kind: str, cases: Sequence[Case], batch: int, share: float, memory: Seq
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
-    parser.add_argument("--layers", type=int, help="cut the model to so many; the edited ones are scaled")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = command(__doc__, shape="gpt2-small", dtype="float32", device="cpu", rounds=5)
     parser.add_argument("--singles", type=int, default=8, help="edits that are taken one at a time")
     parser.add_argument("--batch", type=int, default=16, help="edits that are taken together")
-    parser.add_argument("--editors", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--full-head", choices=("all", "read"), default="all", help="where the full path runs the head")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out, which takes a process a cell")
     args = parser.parse_args(words)
