@@ -1,4 +1,4 @@
-"""What `kedit` does beside training: apply a delta, undo edits. Docstrings and signatures are the command line."""
+"""What `kedit` does beside training: deltas applied, edits undone, word sets built. Docstrings are the command line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from rich import get_console
 from rich.text import Text
 
 from kedit_lightning import delta as delta_files
+from kedit_lightning.data import datasets
 from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.export import refuse_occupied, write_lora, write_model
 from kedit_lightning.lines import Record
 from kedit_lightning.metrics.generation import says
 from kedit_lightning.models import Architecture, LanguageModel
 from kedit_lightning.models.language_model import Dtype
+from kedit_lightning.probes.words import FactTable, build, read_documents, read_facts, write_sets
 from kedit_lightning.remeasurement import Remeasurement, changed
 from kedit_lightning.report import asked, count, edit_line, quoted, table
 from kedit_lightning.reverting import SHOWN, undo
@@ -119,6 +121,55 @@ def revert(
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
         write_beside(out.with_suffix(".json"), lambda path: path.write_text(text, encoding="utf-8"))
     _show_change(reverted.described, report)
+
+
+def words(
+    *,
+    out: Path,
+    texts: Path | None = None,
+    facts: Path | None = None,
+    dataset: str = "almanac",
+    path: str | None = None,
+    options: dict[str, Any] | None = None,
+    size: int | None = None,
+    top: int = 100,
+    candidates: int = 50,
+    documents: int = 20_000,
+) -> None:
+    """Build the sets of words that have to do with facts, for the contrast probe (JEEP, appendix A.1).
+
+    Related are the words of the texts that fit a fact's prompt best (BM25) and name its subject; factual those that a
+    table of facts has of the subject and of the relation; non-factual the related ones that are neither factual nor
+    stop words. The words of the original answer are left out.
+
+    Args:
+        out: File to write, a JSON object a line; new.
+        texts: Folder of texts: .txt with a document a line, .jsonl with the field `text`; default: the almanac's.
+        facts: Table of facts, a JSON list or JSONL with `subject`, `relation_id`, `object` and, if known, `relation` in
+            words; default: the almanac's.
+        dataset: Data set of the edits, as in the data module.
+        path: Its file or URL.
+        options: What its loader takes beyond these, such as '{"facts_per_subject": 8}'.
+        size: Only so many edits.
+        top: How many of the best texts are looked at.
+        candidates: How many facts of the subject, and of the relation, the table is asked for.
+        documents: How many documents of the almanac's text are read.
+
+    Raises:
+        KeditError: A file or folder cannot be used, a number is below 1, or no text names any of the subjects.
+    """
+    if min(top, candidates, documents) < 1:
+        msg = f"expected top, candidates and documents of at least 1, got {top}, {candidates} and {documents}"
+        raise KeditError(msg)
+    if out.exists():
+        msg = f"{out}: expected a new file to write, and this one is there already; give another one"
+        raise KeditError(msg)
+    edits = datasets.load(dataset, path, size=size, **(options or {}))
+    table_of_facts = FactTable(read_facts(facts), candidates)
+    written = write_sets(out, build(edits, read_documents(texts, documents), table_of_facts, top))
+    skipped = len(edits) - written
+    without = f"; no text names the subject of {count(skipped)}, skipped" if skipped else ""
+    _say(f"{out}: word sets of {count(written)}{without}")
 
 
 def _show_change(described: str, report: Record) -> None:

@@ -1,8 +1,8 @@
-"""Several configurations side by side: each is a run of `kedit fit` over several seeds, all together are curves."""
+"""Several configurations side by side: each is a run of `kedit fit` over several seeds, together curves and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from kedit_lightning.curves import curves
 from kedit_lightning.errors import KeditError
 from kedit_lightning.messages import settings_of, wrong_file
 from kedit_lightning.run import COMMITS, RunDirectory, newest
+from kedit_lightning.tables import compared
 from kedit_lightning.writing import write_beside
 
 BLOCKS = ("base", "model", "data", "trainer")
 """What a run of `kedit fit` is configured by."""
 
+TAKEN = ("base", "model")
+"""What an experiment takes over of a configuration that it names."""
 
 DEEPEST = 8
 """Files that extend each other."""
@@ -31,22 +34,25 @@ def compare(
     variants: list[str] | None = None,
     save_dir: str = "lightning_logs",
 ) -> list[Path]:
-    """Run an experiment's variants over seeds, and draw their scores and their model's health over the edits.
+    """Run an experiment's variants over seeds; draw their course over the edits, put their scores beside a paper's.
 
     The same command goes on where it was stopped: finished runs are kept, one under way is resumed, and so is one that
     its collapse watch has stopped.
 
     Args:
-        config: YAML: ``name``; ``title`` of the figures; ``seeds``; ``quantities`` to draw by name (see `curves`); what
-            all runs have in common (the blocks ``base``, ``model``, ``data`` and ``trainer`` of `kedit fit`); and
-            ``variants``, by name what a variant has otherwise. ``extends: FILE`` takes over what another such file
-            beside it says, where its own variants and quantities replace those; one name is one set of runs.
+        config: YAML: ``name``; ``title`` of the figures; ``seeds``; what is made of the runs: ``quantities`` to draw by
+            name (see `curves`), ``paper`` whose table stands beside them, or ``scores`` in a table of their own (see
+            `tables`); what all runs have in common (the blocks ``base``, ``model``, ``data`` and ``trainer`` of
+            `kedit fit`); and ``variants``, by name what a variant has otherwise, or ``sweep``, a setting and its
+            values, a variant each. ``config: FILE`` (or several), in a variant or for all, takes over the blocks
+            ``base`` and ``model`` of a configuration beside it. ``extends: FILE`` takes over what another such file
+            says, where its own variants and quantities replace those; one name is one set of runs.
         seeds: Instead of the configuration's.
         variants: Those to run; default: all.
         save_dir: Where runs are kept: ``SAVE_DIR/NAME/VARIANT/seed_N``, the figures in ``SAVE_DIR/NAME/FILE``.
 
     Returns:
-        The PNG and CSV files, and the table of the last values.
+        The PNG and CSV files, and the tables.
 
     Raises:
         KeditError: The configuration cannot be used, or the folder holds runs of another one.
@@ -70,7 +76,10 @@ def compare(
             started = any(begun.glob(COMMITS))
             run_trainer(["fit", "--resume", str(begun)] if started else ["fit", "--config", str(written)])
     runs = {name: [folder / name / f"seed_{seed}" for seed in chosen_seeds] for name in chosen}
-    files = curves(runs, experiment["quantities"], folder / config.stem, experiment["title"])
+    place, title = folder / config.stem, experiment["title"]
+    files = curves(runs, experiment["quantities"], place, title) if experiment["quantities"] else []
+    if experiment["paper"] or experiment["scores"]:
+        files += compared(runs, experiment["paper"], experiment["scores"], place, title, *experiment["sweep"])
     get_console().print("\n".join(str(file) for file in files), highlight=False)
     return files
 
@@ -88,25 +97,34 @@ def read(config: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if why := wrong_file(config):
         raise KeditError(why)
     experiment: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
+    experiment = _taken(config.parent, experiment)
+    if isinstance(experiment.get("variants"), dict):
+        experiment["variants"] = {name: _taken(config.parent, one) for name, one in experiment["variants"].items()}
     if (other := experiment.pop("extends", None)) is not None:
         if len(above) == DEEPEST:
             msg = f"{config}: expected files that extend each other in a chain, got {' → '.join(map(str, above))}"
             raise KeditError(msg)
         experiment = _extended(read(config.parent / str(other), (*above, config.name)), experiment)
-    kinds: dict[str, type] = {"name": str, "title": str, "seeds": list, "quantities": dict, "variants": dict}
-    kinds |= dict.fromkeys(BLOCKS, dict)
+    optional: dict[str, type] = {"quantities": dict, "paper": str, "scores": list, "sweep": dict}
+    optional |= dict.fromkeys(BLOCKS, dict)
+    kinds: dict[str, type] = {"name": str, "title": str, "seeds": list, "variants": dict, **optional}
     if unknown := sorted(set(experiment) - set(kinds)):
         msg = f"{config}: unknown block {unknown[0]!r}; an experiment has {', '.join(kinds)}"
         raise KeditError(msg)
     for block, kind in kinds.items():
-        if block in BLOCKS:
-            experiment.setdefault(block, {})
-        if not isinstance(experiment.get(block), kind):
+        if (block in optional and block not in experiment) or (block == "variants" and "sweep" in experiment):
+            experiment.setdefault(block, kind())
+        elif not isinstance(experiment.get(block), kind):
             msg = f"{config}: expected {block} to be a {kind.__name__}, got {experiment.get(block)!r}"
             raise KeditError(msg)
-        if not experiment[block] and block not in BLOCKS:
+        elif not experiment[block] and block not in BLOCKS:
             msg = f"{config}: {block} is empty; give at least one"
             raise KeditError(msg)
+    if not any(experiment[block] for block in ("quantities", "paper", "scores")):
+        msg = f"{config}: expected quantities, a paper's table or scores, got nothing to be made of the runs"
+        raise KeditError(msg)
+    for setting, values in experiment["sweep"].items():
+        experiment["variants"] = {f"{value}": _nested(setting.split("."), value) for value in values}
     for name, overlay in experiment["variants"].items():
         overlay = experiment["variants"][name] = overlay or {}
         if not isinstance(overlay, dict) or set(overlay) - set(BLOCKS):
@@ -147,9 +165,34 @@ def _extended(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, 
     """What a file says that takes over another: of quantities and variants its own alone, where it has some."""
     found: dict[str, Any] = _merged(parent, child)
     found["quantities"] = child.get("quantities", parent["quantities"])
+    found = {name: block for name, block in found.items() if block or name in child}
     if isinstance(variants := child.get("variants"), dict):  # one that says nothing is the parent's of its name
         found["variants"] = {name: overlay or parent["variants"].get(name, {}) for name, overlay in variants.items()}
     return found
+
+
+def _taken(folder: Path, blocks: Any) -> Any:  # noqa: ANN401 - YAML
+    """Blocks laid over those of the configurations that their ``config`` names.
+
+    Raises:
+        KeditError: There is no such file.
+    """
+    if not isinstance(blocks, Mapping) or "config" not in blocks:
+        return blocks
+    found: dict[str, Any] = {}
+    given = blocks["config"]
+    for name in [given] if isinstance(given, str) else given:
+        if why := wrong_file(folder / str(name)):
+            raise KeditError(why)
+        content = yaml.safe_load((folder / str(name)).read_text(encoding="utf-8"))
+        found = _merged(found, {block: content[block] for block in TAKEN if block in content})
+    merged: dict[str, Any] = _merged(found, {name: block for name, block in blocks.items() if name != "config"})
+    return merged
+
+
+def _nested(keys: Sequence[str], value: Any) -> Any:  # noqa: ANN401 - YAML
+    """A value under a chain of keys."""
+    return {keys[0]: _nested(keys[1:], value)} if keys else value
 
 
 def _merged(one: Any, other: Any) -> Any:  # noqa: ANN401 - YAML

@@ -62,7 +62,7 @@ def run_trainer(args: Sequence[str]) -> None:
     Raises:
         KeditError: There is no run to be resumed.
     """
-    from kedit_lightning import editors  # noqa: F401 - lets a configuration name an editor by its bare class name
+    from kedit_lightning import editors, probes  # noqa: F401 - lets a configuration name them by bare class names
     from kedit_lightning.data.datamodule import EditDataModule
     from kedit_lightning.editors import Editor
     from kedit_lightning.trainer import EditTrainer

@@ -15,15 +15,14 @@ from rich.table import Table
 from kedit_lightning.callbacks.console import Console
 from kedit_lightning.callbacks.figures import SCORES as COLOURS
 from kedit_lightning.callbacks.figures import STYLE, blank, headline, keep
-from kedit_lightning.data.datamodule import SIDE_BY_SIDE, EditDataModule, batched
+from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
 from kedit_lightning.editors.compression import Compression
-from kedit_lightning.edits import Edit
-from kedit_lightning.errors import KeditError, RejectedError
+from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import eac_names
-from kedit_lightning.models.memory import fitting
+from kedit_lightning.single_edits import SingleEdits
 from kedit_lightning.writing import write_beside, write_csv
 
 if TYPE_CHECKING:
@@ -93,47 +92,30 @@ class GammaSearch:
         """
         trainer, editor, given = self.trainer, self.editor, self.editor.compress
         trainer.tell("on_stream_start", editor, len(self.edits) * (len(self.settings) + 1))
+        singles = SingleEdits(trainer, editor, self.datamodule, fit)
         with closing(trainer.edit_logger):
             try:
-                editor.restore()
-                editor.prepare()
-                editor.side_by_side = True
-                self.measurement.evaluator.references(self.edits)
-                rows = [self._measure(setting, fit) for setting in (None, *self.settings)]
+                with singles.ready():
+                    self.measurement.evaluator.references(self.edits)
+                    rows = [self._measure(setting, singles) for setting in (None, *self.settings)]
             finally:
-                editor.compress, editor.side_by_side = given, False
-                editor.base.side_by_side.clear()
-                editor.restore()
+                editor.compress = given
             chosen = choose(rows, self.tolerance)
             self._keep(rows, chosen)
         return chosen
 
-    def _measure(self, setting: Compression | None, fit: Callable[[], None]) -> Record:
-        """The scores of single edits under one γ."""
-        editor, evaluator = self.editor, self.measurement.evaluator
-        editor.compress, metrics = setting, evaluator.new()
-        together = fitting(min(SIDE_BY_SIDE, len(self.edits)), editor.needs, editor.update_size(1))
-        for block in batched(self.edits, together):
-            made = self._edit(block, fit)
-            evaluator.update(metrics, block, owners=[made.index(i) if i in made else -1 for i in range(len(block))])
+    def _measure(self, setting: Compression | None, singles: SingleEdits) -> Record:
+        """The scores of single edits under one γ; one that is rejected counts as changing nothing."""
+        self.editor.compress, evaluator = setting, self.measurement.evaluator
+        metrics = evaluator.new()
+        for block, owners in singles.blocks(self.edits):
+            evaluator.update(metrics, block, owners=owners)
         found = metrics.compute()
         if missing := [name for name, metric in eac_names().items() if metric not in found]:
             msg = f"tune-gamma needs edits with prompts for {', '.join(missing)}; these records have none"
             raise KeditError(msg)
         scores = {name: found[metric].mean for name, metric in eac_names().items()}
         return {"gamma": None if setting is None else setting.gamma, "edits": len(self.edits), **scores}
-
-    def _edit(self, block: Sequence[Edit], fit: Callable[[], None]) -> list[int]:
-        """Make single edits side by side; which of them are made: one that is rejected counts as changing nothing."""
-        made = list(range(len(block)))
-        while made:
-            self.editor.base.side_by_side.clear()
-            try:
-                self.trainer.weight_update.edit(self.editor, self.datamodule, [block[i] for i in made], fit)
-                break
-            except RejectedError as error:
-                made = [i for place, i in enumerate(made) if place not in error.reasons]
-        return made
 
     def _keep(self, rows: Sequence[Record], chosen: float | None) -> None:
         path: Path = self.trainer.run.path

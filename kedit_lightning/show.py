@@ -35,14 +35,14 @@ def show(runs: Sequence[Path], *, out: Path | None = None, console: Console | No
         KeditError: A path is no run directory, or has no results.
     """
     runs = [Path(run) for run in runs]
-    scaled = [run for run in runs if _is_scaling(run)]
+    scaled = [run for run in runs if is_scaling(run)]
     runs = [run for run in runs if run not in scaled]
-    reports = [_read(run) for run in runs]
+    reports = [read(run) for run in runs]
     if not reports and not scaled:
         msg = "expected at least one run directory, such as lightning_logs/edits/version_0"
         raise KeditError(msg)
-    named = list(zip(_names(runs, reports), reports, strict=True))
-    settings = _differing([_settings(run) for run in runs])
+    named = list(zip(names(runs, reports), reports, strict=True))
+    settings = differing([_settings(run) for run in runs])
 
     def write(console: Console) -> None:
         for run in scaled:
@@ -50,7 +50,7 @@ def show(runs: Sequence[Path], *, out: Path | None = None, console: Console | No
         for part in side_by_side(named, console.width):
             console.print(table(part, console.width))
         if settings:
-            console.print(_settings_table([name for name, _ in named], settings))
+            console.print(settings_table([name for name, _ in named], settings))
         if reports and (note := differences(named)):
             console.print(Text(note, "yellow"))
 
@@ -64,12 +64,17 @@ def show(runs: Sequence[Path], *, out: Path | None = None, console: Console | No
         write_beside(out, to_file)
 
 
-def _is_scaling(run: Path) -> bool:
+def is_scaling(run: Path) -> bool:
     """Whether a path is of a scaling run, and of no other."""
     return not (newest(run, "metrics.json") / "metrics.json").is_file() and (newest(run, SETTINGS) / SETTINGS).is_file()
 
 
-def _read(run: Path) -> Report:
+def read(run: Path) -> Report:
+    """The metrics.json of a run.
+
+    Raises:
+        KeditError: There is none, or it is damaged.
+    """
     path = newest(run, "metrics.json") / "metrics.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +93,7 @@ def _read(run: Path) -> Report:
     return found
 
 
-def _names(runs: Sequence[Path], reports: Sequence[Report]) -> list[str]:
+def names(runs: Sequence[Path], reports: Sequence[Report]) -> list[str]:
     """The editors' names; with as much of the path as tells them apart."""
     editors = [str(report["editor"]) for report in reports]
 
@@ -107,23 +112,24 @@ def _settings(run: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((newest(run, "metrics.json") / "config.yaml").read_text(encoding="utf-8"))
         editor = config["model"]
-        return dict(_flat({"editor": editor["class_path"].rpartition(".")[2], **editor.get("init_args", {})}))
+        return dict(flat({"editor": editor["class_path"].rpartition(".")[2], **editor.get("init_args", {})}))
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a tree by their dotted names."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{above}{key}.")
+            yield from flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """By name the settings that are not the same in all runs, in words; ``–`` where a run has no such setting.
 
-    >>> _differing([{"layers": [3], "v_lr": 0.5}, {"layers": [3, 4], "v_lr": 0.5, "L2": 10}])
+    >>> differing([{"layers": [3], "v_lr": 0.5}, {"layers": [3, 4], "v_lr": 0.5, "L2": 10}])
     {'layers': ['[3]', '[3, 4]'], 'L2': ['–', '10']}
     """
     if not all(settings):
@@ -138,7 +144,8 @@ def _short(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-def _settings_table(names: Sequence[str], settings: Mapping[str, Sequence[str]]) -> Table:
+def settings_table(names: Sequence[str], settings: Mapping[str, Sequence[str]]) -> Table:
+    """The table of `differing`, a column a run."""
     found = Table(title="Settings that differ", title_justify="left", box=box.HORIZONTALS)
     for name in ("", *names):
         found.add_column(name, overflow="fold")

@@ -1,4 +1,4 @@
-"""Single edits side by side, outside a stream: made, looked at and forgotten again."""
+"""Single edits outside a stream: made, looked at and forgotten again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SingleEdits:
-    """Makes edits that know nothing of each other; the weights stay as they are.
+    """Makes edits that know nothing of each other: side by side, or one by one where the editor cannot do that.
 
     Args:
         trainer: The trainer.
@@ -33,23 +33,18 @@ class SingleEdits:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Prepare the editor on the unedited model; afterwards it is as it was, and the model unedited.
-
-        Raises:
-            KeditError: The editor cannot make edits side by side.
-        """
+        """Prepare the editor on the unedited model; afterwards it is as it was, and the model unedited."""
         editor = self.editor
         editor.restore()
         editor.prepare()
-        editor.side_by_side = True
+        editor.side_by_side = editor.can_be_side_by_side
         try:
             yield
         finally:
+            self._forget()
             editor.side_by_side = False
-            editor.base.side_by_side.clear()
-            editor.restore()
 
-    def blocks(self, edits: Sequence[Edit]) -> Iterator[tuple[list[Edit], list[int]]]:
+    def blocks(self, edits: Sequence[Edit]) -> Iterator[tuple[Sequence[Edit], list[int]]]:
         """Make edits in blocks as large as memory takes, inside `ready`.
 
         Args:
@@ -57,22 +52,30 @@ class SingleEdits:
 
         Yields:
             The edits of a block, while what was written for them stands, and the owner of each (`Batch.owner`): rows of
-            that owner see the edit; -1: it was rejected, and changes nothing.
+            that owner see the edit; -1: it was rejected, and changes nothing. Only a block made one by one is in the
+            weights.
         """
         editor = self.editor
-        for block in batched(edits, fitting(min(SIDE_BY_SIDE, len(edits)), editor.needs, editor.update_size(1))):
+        most = SIDE_BY_SIDE if editor.side_by_side else 1
+        for block in batched(edits, fitting(min(most, len(edits)), editor.needs, editor.update_size(1))):
             made = self._edit(block)
             yield block, [made.index(i) if i in made else -1 for i in range(len(block))]
-        editor.base.side_by_side.clear()
+        self._forget()
 
     def _edit(self, block: Sequence[Edit]) -> list[int]:
         """Which edits of a block are made."""
         made = list(range(len(block)))
         while made:
-            self.editor.base.side_by_side.clear()
+            self._forget()
             try:
                 self.trainer.weight_update.edit(self.editor, self.datamodule, [block[i] for i in made], self.fit)
-                break
+                return made
             except RejectedError as error:
                 made = [i for place, i in enumerate(made) if place not in error.reasons]
+        self._forget()
         return made
+
+    def _forget(self) -> None:
+        """Undo what was made."""
+        self.editor.base.side_by_side.clear()
+        self.editor.restore()

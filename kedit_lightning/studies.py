@@ -1,4 +1,4 @@
-"""Commands of the trainer that stream no edits: a plan, statistics of keys, the scaling run, the choice of EAC's γ."""
+"""Commands of the trainer that stream no edits: a plan, key statistics, the scaling run, EAC's γ, a look inside."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from kedit_lightning.models.statistics import compute
 from kedit_lightning.plan import Plan
 from kedit_lightning.plan_table import table
 from kedit_lightning.planning import plan
+from kedit_lightning.probes import Finding, Probe
+from kedit_lightning.probing import look
 from kedit_lightning.run import Record, RunDirectory
 from kedit_lightning.scaling import SEEDS, Scaling
 
@@ -162,3 +164,21 @@ class Studies(Trainer):
         search = GammaSearch(cast("EditTrainer", self), model, given(datamodule, "fit"), gammas, edits, tolerance)
         with interrupts_passed_on():
             return search.run(partial(super().fit, model, datamodule=datamodule))
+
+    def probe(
+        self, model: Editor, datamodule: EditDataModule | None = None, probe: Probe | None = None
+    ) -> list[Finding]:
+        """Look inside the model and its edits: the analyses of the papers.
+
+        Args:
+            model: The editor.
+            datamodule: The edits.
+            probe: What is looked at, a class by its name, with its settings.
+
+        Returns:
+            What was found; the run directory holds it as NAME.csv, NAME.png and NAME.json.
+        """
+        self._alone("probe")
+        fit = partial(super().fit, model, datamodule=datamodule)
+        with interrupts_passed_on():
+            return look(cast("EditTrainer", self), model, given(datamodule, "fit"), probe, fit)

@@ -44,9 +44,12 @@ def run(command: str, args: list[str]) -> None:
 
 def _run_function(command: str, args: Sequence[str]) -> None:
     """Run a plain function: parameters by position are paths, keyword-only ones options, False ones switches."""
-    from kedit_lightning import commands, comparison, history, show
+    from kedit_lightning import commands, comparison, history, show, tables
+    from kedit_lightning.html import command as html
 
     elsewhere: dict[str, Callable[..., Any]] = {"show": show.show, "log": history.log, "compare": comparison.compare}
+    elsewhere["report"] = html.report
+    elsewhere["tables"] = tables.tables
     function = elsewhere.get(command) or getattr(commands, command)
     described = parse(inspect.getdoc(function) or "")
     parser = OneLineParser(prog=f"kedit {command}", description=described.short_description)

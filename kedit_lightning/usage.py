@@ -14,6 +14,7 @@ TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
         "predict": "continue prompts before and after the edits (--delta)",
         "scale": "edit more and more facts at once, and draw how the scores change",
         "tune_gamma": "choose how far EAC compresses an editor's values",
+        "probe": "look inside a model and its edits: the analyses of the papers (--probe)",
         "statistics": "collect the key statistics that a configuration needs",
     }
 )
@@ -25,7 +26,10 @@ OTHER_COMMANDS: Mapping[str, str] = MappingProxyType(
         "revert": "undo an edit of a run, and measure what changes",
         "log": "list what a run edited, when and with which health",
         "show": "print the tables of runs, side by side",
+        "report": "make one HTML page of runs: tables, curves, probes, every edit",
         "compare": "run variants of a configuration over seeds, and draw their curves over the edits",
+        "words": "build the word sets of facts that the contrast probe looks for (JEEP, Fig. 5)",
+        "tables": "put the numbers that a paper prints beside those of runs",
         "tasks": "measure general abilities, and what an edited model keeps of them (--delta)",
         "pretrain": "train the almanac's model from scratch",
     }

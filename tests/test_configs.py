@@ -431,17 +431,25 @@ def test_overlays(name: str) -> None:
 # ---------------------------------------------------------------------- their form
 
 
+def experiment(name: str) -> str:
+    """The command that an experiment's blocks are for."""
+    content = load(name)
+    if {"probe", "prompts"} & set(content):
+        return "probe" if "probe" in content else "predict"
+    return "compare" if {"variants", "extends", "sweep"} & set(content) else "scale"
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_first_line_is_the_command(name: str) -> None:
     command = text(name).splitlines()[0]
     kedit, method, *args = shlex.split(command.removeprefix("# "))
-    folder = {"tasks": "tasks", "experiments": "compare"}.get(Path(name).parent.name, "fit")
-    other = {"pretrain.yaml": "pretrain", "jeep_scaling_almanac.yaml": "scale"}
-    assert (kedit, method) == ("kedit", other.get(Path(name).name, folder))
+    folder = {"tasks": "tasks", "experiments": experiment(name)}.get(Path(name).parent.name, "fit")
+    assert (kedit, method) == ("kedit", "pretrain" if name.endswith("pretrain.yaml") else folder)
     assert args[::2] == ["--config"] * (len(args) // 2)
     assert args[-1] == name
     assert all((ROOT / path).is_file() for path in args[1::2])
-    assert len(args) == (4 if re.search("/(data|released|ablations)/", name) else 2)
+    overlay = re.search("/(data|released|ablations)/", name) or ("/experiments/" in name and "model" not in load(name))
+    assert len(args) == (4 if overlay and method != "compare" else 2)
 
 
 @pytest.mark.parametrize("name", ALL)

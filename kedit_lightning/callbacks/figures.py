@@ -241,21 +241,21 @@ def scaling(title: str, rows: Sequence[Record], unedited: Mapping[str, float | N
 
 
 def band(
-    axis: Axes, rows: Sequence[Record], colour: str, label: str, ends: tuple[float, float] = ALL, marker: str = "o"
+    axis: Axes, rows: Sequence[Record], colour: str, label: str, ends: tuple[float, float] = ALL, **style: Any
 ) -> None:
     """A curve over the number of edits, with its 95 % interval as a band.
 
     Args:
         axis: Where to draw.
-        rows: ``edits``, ``mean`` and ``ci95`` of each point; nan where there is none.
+        rows: ``edits`` (or whatever else it is over), ``mean`` and ``ci95`` of each point; nan where there is none.
         colour: Of both.
         label: Of the curve.
         ends: What the band stays within.
-        marker: Of the points.
+        style: Of the curve, such as its marker.
     """
     edits = [row["edits"] for row in rows]
     mean, half = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in ("mean", "ci95"))
-    axis.plot(edits, mean, color=colour, lw=2, marker=marker, ms=4, label=label, zorder=3)
+    axis.plot(edits, mean, color=colour, label=label, **{"lw": 2, "marker": "o", "ms": 4, "zorder": 3, **style})
     axis.fill_between(edits, (mean - half).clamp(*ends), (mean + half).clamp(*ends), color=colour, alpha=0.15, lw=0)
 
 

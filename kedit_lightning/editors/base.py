@@ -100,7 +100,7 @@ class Editor(ClosedForm):
         self.context_templates = replace(templates, scheme=templates.scheme or self.scheme)
         self.preset, self.max_tokens, self.compress, self.unconverged = preset, max_tokens, compress, unconverged
         self.kl_reference: Mapping[Site, Tensor] = {}
-        self._forward = Forwards(SuffixForward if forward == "suffix" else FullForward)
+        self.forwards = Forwards(SuffixForward if forward == "suffix" else FullForward)
         self.templates: list[list[str]] = []
         self.moments = {}
         self.memory: dict[str, Tensor] = {}
@@ -190,7 +190,7 @@ class Editor(ClosedForm):
         Raises:
             RejectedError: There are such edits.
         """
-        self._forward.forget()
+        self.forwards.forget()
         reasons: dict[int, str] = {}
         for outcome in latest([outcome for outcome in self.outcomes if outcome.pass_ == self.pass_]):
             for delta in outcome.deltas:
@@ -230,7 +230,7 @@ class Editor(ClosedForm):
             self.edits, self.outcomes, self.memory = edits, [], {}
         self.pass_, self.layer = pass_, self.passes()[pass_]
         self.deltas = nn.ModuleList()
-        self._forward.forget()
+        self.forwards.forget()
         self.locate()
 
     def value_delta(self, site: Site, token: Token, name: str = "", **settings: Any) -> ValueDelta:
@@ -253,7 +253,7 @@ class Editor(ClosedForm):
 
     def forward_from(self, rows: Batch, at: Mapping[Site, Tensor], last: int | None = None) -> FullForward:
         """The model on rows in which vectors are added at these positions of sites, up to a layer or to its head."""
-        return self._forward(self.base, rows, at, last)
+        return self.forwards(self.base, rows, at, last)
 
     def edit_loss(
         self,

@@ -50,6 +50,8 @@ class StagedTraining(LightningModule, ABC):
     batch: EditBatch
     """The m edits of it that are not done."""
     deltas: nn.ModuleList
+    outcome: Outcome
+    """How the stage under way has gone so far."""
     pass_: int
 
     def __init__(self, base: LanguageModel, v_lr: float) -> None:
@@ -131,7 +133,7 @@ class StagedTraining(LightningModule, ABC):
         if self._entered == len(mine):
             mine.append(Outcome.of(self._stage, self.pass_, len(self.edits)))
             self.outcomes.append(mine[-1])
-        self._outcome, self._evaluation = mine[self._entered], 0
+        self.outcome, self._evaluation = mine[self._entered], 0
         self._entered += 1
         self._stage.begin()
         self._go_on(self._stage)
@@ -156,12 +158,12 @@ class StagedTraining(LightningModule, ABC):
         assert self._loss is not None
         own, running = attempted(self._loss), self._running
         loss = own.summed()
-        self._outcome.add(loss, self.batch.index, running.cpu(), self._evaluation)
+        self.outcome.add(loss, self.batch.index, running.cpu(), self._evaluation)
         self._evaluation += 1
         self._check_finite(loss.total)
         self._log_curves(stage.name, self.part.index)
         running &= ~stage.stop(loss)
-        self._outcome.converged[self.batch.index] = ~running.cpu()
+        self.outcome.converged[self.batch.index] = ~running.cpu()
         last = self._evaluation == stage.steps
         if not running.any() or (last and not stage.updates_last):
             self._enter_next_stage()
@@ -221,7 +223,7 @@ class StagedTraining(LightningModule, ABC):
 
     def _log_curves(self, name: str, index: Tensor) -> None:
         """Means over some edits, those that are done included; of several the quantiles of their loss too."""
-        outcome = self._outcome
+        outcome = self.outcome
         terms = {term: values[index] for term, values in outcome.curves[self._evaluation - 1].items()}
         curves = {f"{name}/{term}": float(values.mean()) for term, values in terms.items()}
         loss = torch.stack(list(terms.values())).sum(dim=0)

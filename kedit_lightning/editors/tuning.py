@@ -165,8 +165,8 @@ class WeightTraining(Editor):
             self.check_values()
             self.trainer.should_stop = True
             return
-        self._outcome = Outcome.of(self._stage, self.pass_, len(self.edits))
-        self.outcomes.append(self._outcome)
+        self.outcome = Outcome.of(self._stage, self.pass_, len(self.edits))
+        self.outcomes.append(self.outcome)
         self._evaluation = self._part = 0
         self._stage.begin()
 
@@ -178,12 +178,12 @@ class WeightTraining(Editor):
         own = attempted(lambda: stage.prepare()())
         loss = own.summed()
         self._check_finite(loss.total)
-        self._outcome.add(loss, self.batch.index, torch.ones(len(self.batch), dtype=torch.bool), self._evaluation)
+        self.outcome.add(loss, self.batch.index, torch.ones(len(self.batch), dtype=torch.bool), self._evaluation)
         self._add_gradients(own.total.sum() / size)
 
     def _found(self, index: Tensor) -> Loss:
         """The last evaluation of the loss of some edits."""
-        outcome = self._outcome
+        outcome = self.outcome
         terms = {term: values[index] for term, values in outcome.curves[self._evaluation].items()}
         return Loss(terms, outcome.probability[index])
 
@@ -203,7 +203,7 @@ class WeightTraining(Editor):
         stage, every = self._stage, torch.arange(len(self.edits))
         assert stage is not None
         done = bool(stage.stop(self._found(every)).all())
-        self._outcome.converged[:] = done
+        self.outcome.converged[:] = done
         self._evaluation, self._part = self._evaluation + 1, 0
         self._log_curves(stage.name, every)
         if done or self._evaluation == stage.steps:

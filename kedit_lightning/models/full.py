@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -74,10 +74,10 @@ class Forwards:
     """Makes forward passes, and hands the latest out again where the same is asked for, as by EAC's two stages.
 
     Args:
-        kind: What is made.
+        kind: What makes them, as `FullForward` does.
     """
 
-    def __init__(self, kind: type[FullForward]) -> None:
+    def __init__(self, kind: Callable[..., FullForward]) -> None:
         self.kind, self._latest = kind, None
 
     _latest: FullForward | None

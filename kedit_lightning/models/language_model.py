@@ -310,20 +310,23 @@ class LanguageModel(EditableWeights):
             yield found
 
     @contextmanager
-    def add(self, site: Site, at: Tensor, vectors: Tensor) -> Iterator[None]:
+    def add(self, site: Site, at: Tensor, vectors: Tensor, instead: Tensor | None = None) -> Iterator[None]:
         """Add vectors to a site's output during the forward passes inside the context.
 
         Args:
             site: Where.
             at: Position in every row, shape ``(b,)``.
             vectors: What is added, one vector a row, shape ``(b, d)``.
+            instead: The rows in which the vectors take the place of what is there, shape ``(m,)``, while the others
+                are left alone; None: they are added, in all rows.
         """
 
         def put(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
             flat = _hidden(output)
             hidden = _by_row(flat, len(at))
-            where = (_rows(hidden), at.to(hidden.device))
-            hidden = hidden.index_put(where, vectors.to(hidden), accumulate=True).view_as(flat)
+            rows = _rows(hidden) if instead is None else instead.to(hidden.device)
+            where = rows, at.to(hidden.device)[rows]
+            hidden = hidden.index_put(where, vectors.to(hidden)[rows], accumulate=instead is None).view_as(flat)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         hook = self.module(site).register_forward_hook(put)

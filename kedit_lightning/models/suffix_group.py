@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,34 @@ Output = Tensor | tuple[Any, ...]
 """What a module puts out: hidden states, shape ``(b, t, d)``, or a tuple that starts with them."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a forward pass on whole rows.
+
+    Args:
+        known: What modules put out.
+        cache: Keys and values of every layer.
+    """
+
+    known: dict[nn.Module, Output]
+    cache: DynamicCache
+
+
+@contextmanager
+def keeping(base: LanguageModel, modules: Iterable[nn.Module]) -> Iterator[Kept]:
+    """Keep what modules put out, and all keys and values, in a forward pass inside the context."""
+    kept = Kept({}, DynamicCache())
+
+    def keep(module: nn.Module, _: object, output: Output) -> None:
+        kept.known[module] = _map(output, Tensor.clone)  # Falcon adds to it in place
+
+    with ExitStack() as stack:
+        stack.enter_context(_called_with(base.model, past_key_values=kept.cache, use_cache=True))
+        for module in modules:
+            stack.callback(module.register_forward_hook(keep).remove)
+        yield kept
+
+
 class SuffixGroup(FullForward):
     """The suffixes of b rows, and what does not change in them.
 
@@ -36,38 +65,49 @@ class SuffixGroup(FullForward):
         rows: b rows.
         sites: Where vectors will be added: for each site the position in every row, shape ``(b,)``.
         last: The last layer that will be read.
+        kept: What is kept of a forward pass already, so that none is run.
+        line: Of each row the row of that pass that it continues, shape ``(b,)``.
 
     Raises:
         ModelError: The model keeps no keys and values that a suffix could attend to.
     """
 
     @torch.no_grad()
-    def __init__(self, base: LanguageModel, rows: Batch, sites: Mapping[Site, Tensor], last: int) -> None:
+    def __init__(
+        self,
+        base: LanguageModel,
+        rows: Batch,
+        sites: Mapping[Site, Tensor],
+        last: int,
+        kept: Kept | None = None,
+        line: Tensor | None = None,
+    ) -> None:
         start, end = start_of(sites), rows.attention_mask.sum(dim=1)
         super().__init__(base, rows, {site: at - start for site, at in sites.items()}, last)
-        t, first, cache = rows.input_ids.shape[1], min(map(first_layer, sites)), DynamicCache()
+        t, first = rows.input_ids.shape[1], min(map(first_layer, sites))
         before = torch.arange(-int(start.max()), 0, device=base.device) + start[:, None]
         after = torch.arange(int((end - start).max()), device=base.device) + start[:, None]
         after = after.clamp(max=t - 1)
-        self._known = dict[nn.Module, Output]()
-
-        def keep(module: nn.Module, _: object, output: Output) -> None:
-            if _hidden(output).ndim == 3:  # not OPT's MLP, which runs on flattened rows
-                self._known[module] = _map(output, lambda x: x.take_along_dim(after[..., None].to(x.device), dim=1))
-
-        with ExitStack() as stack:
-            stack.enter_context(_called_with(base.model, past_key_values=cache, use_cache=True))
-            for module in _unchanged(base, sites):
-                stack.callback(module.register_forward_hook(keep).remove)
-            base.run(rows, last)
+        if kept is None:
+            with keeping(base, _unchanged(base, sites)) as kept:
+                base.run(rows, last)
+        cache = kept.cache
         if [cache.get_seq_length(layer) for layer in range(len(cache))] != [t] * (last + 1):
             msg = "this model keeps no plain cache of keys and values in every layer: set `forward: full`"
             raise ModelError(msg)
 
-        layers: list[Any] = cache.layers[first:]
+        def some(x: Tensor, where: Tensor, dim: int) -> Tensor:
+            return (x if line is None else x[line.to(x.device)]).take_along_dim(where.to(x.device), dim=dim)
+
+        self._known = {
+            module: _map(kept.known[module], lambda x: some(x, after[..., None], 1))
+            for module in _unchanged(base, sites)
+            if _hidden(kept.known[module]).ndim == 3  # not OPT's MLP, which runs on flattened rows
+        }
+        layers: list[Any] = cache.layers[first:] if line is None else [copy(layer) for layer in cache.layers[first:]]
         for layer in layers:
-            where = before.clamp(min=0)[:, None, :, None].to(layer.keys.device)
-            layer.keys, layer.values = (x.take_along_dim(where, dim=2) for x in (layer.keys, layer.values))
+            where = before.clamp(min=0)[:, None, :, None]
+            layer.keys, layer.values = (some(x, where, 2) for x in (layer.keys, layer.values))
         # Masks are sized by the cache of the first layer, even where that layer is not run.
         self._past = layers[:1] * first + layers
         for block in base.layers[: max(first - 1, 0)]:
@@ -145,10 +185,10 @@ def first_layer(site: Site) -> int:
 
 
 def _unchanged(base: LanguageModel, sites: Iterable[Site]) -> list[nn.Module]:
-    """The last block below, and the modules above it that put out what they always do."""
+    """The last block below or the embedding, and the modules above it that put out what they always do."""
     first = min(map(first_layer, sites))
     parts = {site.part for site in sites if first_layer(site) == first}
-    whole = list(base.layers[:first][-1:])
+    whole = [base.layers[first - 1] if first else base.model.get_submodule(base.architecture.embed)]
     if "block" not in parts:
         whole.append(base.module(Site(first, "attn")))
         if parts == {"mlp"}:

@@ -61,7 +61,7 @@ class Study:
 
 
 class Probe(ABC):
-    """A look inside the model. A subclass's signature is its configuration: ``--probe CausalTrace --probe.window 5``."""
+    """A look inside the model. A subclass's signature is its configuration: ``--probe CausalTrace --probe.seed 5``."""
 
     @abstractmethod
     def look(self, study: Study) -> Iterator[Finding]:

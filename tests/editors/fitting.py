@@ -103,7 +103,7 @@ def end_at(editor: Editor, ends: dict[int, int]) -> None:
 
     def stop(_: object) -> Tensor:
         wanted = torch.tensor([ends[edit.case_id] for edit in editor.batch.edits])
-        return editor._outcome.steps[editor.batch.index] >= wanted
+        return editor.outcome.steps[editor.batch.index] >= wanted
 
     def ending() -> Iterator[Stage]:
         for stage in stages():

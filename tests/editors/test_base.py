@@ -118,7 +118,7 @@ def test_one_adam_over_all_edits_is_one_adam_an_edit(toy: Toy, tmp_path: Path) -
 
 def test_an_edit_that_stops_keeps_its_delta_while_others_go_on(toy: Toy, tmp_path: Path) -> None:
     ends = torch.tensor([2, 5, 3])
-    toy.stop = lambda _: (toy._outcome.steps >= ends)[toy.batch.index]
+    toy.stop = lambda _: (toy.outcome.steps >= ends)[toy.batch.index]
     fit(toy, THREE, tmp_path, batch_size=3)
     assert toy.outcomes[0].steps.tolist() == [2, 5, 3]
     assert toy.outcomes[1].steps.tolist() == [2, 4, 3]

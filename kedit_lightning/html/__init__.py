@@ -1,0 +1,1 @@
+"""`kedit report`: runs as one HTML page that needs nothing beside it."""

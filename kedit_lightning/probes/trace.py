@@ -1,0 +1,202 @@
+"""Where in the model an answer is decided: causal tracing (ROME, section 2; TOP, Figs. 9 and 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kedit_lightning.callbacks.figures import INK, OTHERS, SCORES, STYLE, band, blank, headline
+from kedit_lightning.edits import Edit, Part
+from kedit_lightning.errors import KeditError
+from kedit_lightning.lines import Record
+from kedit_lightning.metrics.functional import summarize
+from kedit_lightning.models.progress import steps
+from kedit_lightning.probes.base import Finding, Probe, Study, usable
+from kedit_lightning.probes.token_classes import CLASSES
+from kedit_lightning.probes.tracing import Corrupt, Kind, Trace, Tracer, answered, by_class, check, noise_level
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAPS = {"block": "Purples", "mlp": "Greens", "attn": "Reds"}
+"""ROME's colours."""
+WORDS = {"block": "block outputs", "mlp": "MLP outputs", "attn": "attention outputs"}
+COLOURS = dict(zip(CLASSES, (*OTHERS[1:], SCORES[1], SCORES[0], SCORES[2], OTHERS[0], INK), strict=True))
+
+
+class CausalTrace(Probe):
+    """How much of the answer comes back where clean states are restored in a run whose tokens are corrupted by noise.
+
+    A cell's indirect effect is the answer's probability with a part of some layers restored at a token, less that
+    without, as means over the noisy copies (ROME, section 2.1). The answer is the model's own next token, which has to
+    be the edit's whole answer: ``target_true``, and of the edited model ``target_new``.
+
+    Args:
+        edits: How many edits are taken by chance.
+        corrupt: Which tokens get noise, a run each: the subject's, or all others.
+        parts: What is restored: the outputs of blocks (one at a time), of MLPs, of attention.
+        windows: Layers of which MLP or attention outputs are restored together, ⌊w / 2⌋ of them below the cell's;
+            clipped at both ends. The papers' is 10.
+        noise: Its standard deviation, in those of the embeddings of all subjects' tokens.
+        copies: Corrupted copies of a prompt.
+        edited: Trace also the same prompts after their own edit each.
+        cases: Of how many edits there is a picture of their own.
+        seed: Of the choice of edits.
+
+    Raises:
+        KeditError: A setting is out of range.
+    """
+
+    def __init__(
+        self,
+        edits: int = 100,
+        corrupt: Sequence[Corrupt] = ("subject", "relation"),
+        parts: Sequence[Part] = ("block", "mlp", "attn"),
+        windows: Sequence[int] = (10,),
+        noise: float = 3.0,
+        copies: int = 10,
+        edited: bool = False,
+        cases: int = 1,
+        seed: int = 0,
+    ) -> None:
+        check(edits, noise, copies, windows)
+        if not corrupt or not parts:
+            msg = f"expected something to corrupt and to restore, got corrupt {list(corrupt)}, parts {list(parts)}"
+            raise KeditError(msg)
+        self.edits, self.corrupt, self.noise, self.copies = edits, list(dict.fromkeys(corrupt)), noise, copies
+        self.kinds: list[Kind] = [
+            (part, window) for part in dict.fromkeys(parts) for window in ([1] if part == "block" else windows)
+        ]
+        self.edited, self.cases, self.seed = edited, cases, seed
+
+    def look(self, study: Study) -> Iterator[Finding]:
+        """As `Probe.look`."""
+        base, sample = study.base, study.sample(self.edits, self.seed)
+        tracer = Tracer(base, noise_level(base, study.edits, self.noise), self.copies, self.kinds)
+        known = answered(base, sample, [-1] * len(sample), "target_true")
+        edits = usable(sample, known, "the model's next token to be the whole target_true")
+        notes = {"edits": len(sample), "unanswered": len(sample) - len(edits), "noise_std": tracer.level}
+        done, total = count(1), len(edits) * len(self.corrupt) * (1 + self.edited)
+        with steps("causal trace") as step:
+
+            def traced(prompts: Sequence[tuple[Edit, int]]) -> list[list[Trace | None]]:
+                found: list[list[Trace | None]] = [[] for _ in self.corrupt]
+                for run, corrupt in zip(found, self.corrupt, strict=True):
+                    for edit, owner in prompts:
+                        run.append(tracer(edit, corrupt, owner))
+                        step(next(done), total, corrupt)
+                return found
+
+            yield from self._findings(traced([(edit, -1) for edit in edits]), notes, "")
+            if not self.edited:
+                return
+            after: list[list[Trace | None]] = [[] for _ in self.corrupt]
+            right: list[bool] = []
+            with study.singles.ready():
+                for block, owners in study.singles.blocks(edits):
+                    yes = answered(base, block, owners, "target_new")
+                    prompts = [(edit, owner) for edit, owner, one in zip(block, owners, yes, strict=True) if one]
+                    after = [run + more for run, more in zip(after, traced(prompts), strict=True)]
+                    right += yes
+        usable(edits, right, "an edited model's next token to be the whole target_new")
+        yield from self._findings(after, {**notes, "edits": len(edits), "unanswered": right.count(False)}, "_edited")
+
+    def _findings(self, traces: Sequence[Sequence[Trace | None]], notes: Record, after: str) -> Iterator[Finding]:
+        """The mean of all, and the pictures of single edits."""
+        for corrupt, run in zip(self.corrupt, traces, strict=True):
+            if not (there := [trace for trace in run if trace is not None]):
+                msg = f"causal trace: expected prompts with {corrupt} tokens to corrupt, got none; leave {corrupt} out"
+                raise KeditError(msg)
+            rows, name = means(there), f"causal_trace_{corrupt}{after}"
+            high, low = (summarize(torch.tensor([getattr(x, y) for x in there])).as_dict() for y in ("high", "low"))
+            absent = [kind for kind in CLASSES if not any(kind in trace.classes for trace in there)]
+            more = {"used": len(there), "without_such_tokens": len(run) - len(there), "classes_absent": absent}
+            title = f"Indirect effects, {corrupt} tokens corrupted, {len(there)} prompts{after.replace('_', ', ')}"
+            yield Finding(name, rows, draw(rows, title), {**notes, **more, "clean": high, "corrupted": low})
+            for trace in there[: self.cases]:
+                case = f"{name}_case_{trace.edit.case_id}"
+                told = {"prompt": trace.edit.text, "answer": trace.answer, "clean": trace.high, "corrupted": trace.low}
+                yield Finding(case, single(trace), draw_single(trace), told)
+
+
+def means(traces: Sequence[Trace]) -> list[Record]:
+    """The mean indirect effect by kind, token class and layer, over prompts, with its 95 % interval."""
+    rows: list[Record] = []
+    for part, window in traces[0].effects:
+        every = torch.stack([by_class(trace.effects[part, window], trace.classes) for trace in traces])
+        for i, name in enumerate(CLASSES):
+            for layer in range(every.shape[2]):
+                found = summarize(every[:, i, layer])
+                if found.n:
+                    row = {"part": part, "window": window, "token": name, "layer": layer}
+                    rows.append({**row, "mean": found.mean, "ci95": found.ci95, "edits": found.n})
+    return rows
+
+
+def single(trace: Trace) -> list[Record]:
+    """The indirect effects of one prompt."""
+    return [
+        {
+            **{"part": part, "window": window, "position": i, "token": token, "class": kind},
+            **{"layer": layer, "effect": float(effect)},
+        }
+        for (part, window), effects in trace.effects.items()
+        for i, (token, kind) in enumerate(zip(trace.tokens, trace.classes, strict=True))
+        for layer, effect in enumerate(effects[i])
+    ]
+
+
+def draw(rows: Sequence[Record], title: str) -> Figure:
+    """Heat maps of token classes and layers, and below the same as curves with their 95 % intervals."""
+    from matplotlib import rc_context
+
+    kinds = list(dict.fromkeys((row["part"], row["window"]) for row in rows))
+    names = [name for name in CLASSES if any(row["token"] == name for row in rows)]
+    with rc_context(STYLE):
+        figure = blank(max(6.4, 4.4 * len(kinds)), 6.6)
+        upper, lower = figure.subplots(2, len(kinds), squeeze=False, height_ratios=[1, 1.1])
+        for above, below, (part, window) in zip(upper, lower, kinds, strict=True):
+            mine = [row for row in rows if (row["part"], row["window"]) == (part, window)]
+            lines = {name: [row for row in mine if row["token"] == name] for name in names}
+            heat(above, [[row["mean"] for row in lines[name]] for name in names],
+                 [CLASSES[name] for name in names], (part, window))  # fmt: skip
+            for name, line in lines.items():
+                points = [{"edits": row["layer"], "mean": row["mean"], "ci95": row["ci95"]} for row in line]
+                band(below, points, COLOURS[name], CLASSES[name], ms=3)
+            below.set_xlabel("layer")
+            below.set_ylabel("indirect effect")
+            below.grid(axis="y", zorder=0)
+        lower[0].legend(fontsize=8)
+        headline(figure, title)
+    return figure
+
+
+def draw_single(trace: Trace) -> Figure:
+    """A heat map of tokens and layers for each kind, as in TOP's Fig. 9."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        figure = blank(max(6.4, 4.4 * len(trace.effects)), 1.6 + 0.26 * len(trace.tokens))
+        axes: Any = figure.subplots(1, len(trace.effects), squeeze=False)[0]
+        for axis, (kind, effects) in zip(axes, trace.effects.items(), strict=True):
+            heat(axis, effects.tolist(), trace.tokens, kind)
+            axis.set_xlabel("layer")
+        headline(figure, f"p({trace.answer}): {trace.high:.3f}, {trace.low:.3f} with noise (*); what restoring adds")
+    return figure
+
+
+def heat(axis: Axes, effects: Sequence[Sequence[float]], names: Sequence[str], kind: Kind) -> None:
+    """A map of indirect effects, shape ``(tokens, layers)``; what is below 0 is drawn as 0."""
+    from matplotlib.ticker import MaxNLocator
+
+    part, window = kind
+    top = max(1e-6, *(max(line) for line in effects))
+    image = axis.imshow(effects, cmap=MAPS[part], aspect="auto", interpolation="nearest", vmin=0, vmax=top)
+    axis.figure.colorbar(image, ax=axis)
+    axis.set_yticks(range(len(names)), names)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_title(WORDS[part] + (f", {window} layers" if window > 1 else ", one layer"), loc="left")

@@ -1,0 +1,130 @@
+"""The `probe` command: looks inside a model, and keeps what is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from kedit_lightning import probes
+from kedit_lightning.callbacks.console import Console
+from kedit_lightning.callbacks.figures import keep
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.editors import Editor
+from kedit_lightning.errors import KeditError
+from kedit_lightning.probes.base import Finding, Probe, Study
+from kedit_lightning.single_edits import SingleEdits
+from kedit_lightning.writing import write_csv
+
+if TYPE_CHECKING:
+    from kedit_lightning.trainer import EditTrainer
+
+SHOWN = 16
+"""Tables of up to this many rows are shown on the terminal."""
+
+
+def look(
+    trainer: EditTrainer, editor: Editor, datamodule: EditDataModule, probe: Probe | None, fit: Callable[[], None]
+) -> list[Finding]:
+    """Look inside a model, and keep each finding in the run directory when it is there.
+
+    Args:
+        trainer: The trainer.
+        editor: The editor; afterwards it and its model are as they were before any edit.
+        datamodule: The edits.
+        probe: The probe.
+        fit: Runs one `Trainer.fit`.
+
+    Returns:
+        The findings: NAME.csv, NAME.png and NAME.json in the run directory.
+
+    Raises:
+        KeditError: There is no probe, or nothing that it could look at.
+    """
+    if probe is None:
+        known = ", ".join(sorted(name for name in probes.__all__ if _is_probe(getattr(probes, name))))
+        msg = f"probe: expected --probe and a class, got none; there are {known}"
+        raise KeditError(msg)
+    trainer.tell("on_stream_start", editor, len(datamodule.edits))
+    editor.base.to(trainer.strategy.root_device)
+    study, found = Study(editor, datamodule.edits, SingleEdits(trainer, editor, datamodule, fit)), list[Finding]()
+    with closing(trainer.edit_logger):
+        editor.restore()
+        try:
+            for finding in probe.look(study):
+                _keep(trainer, finding, len(datamodule.edits))
+                found.append(finding)
+        finally:
+            editor.base.side_by_side.clear()
+            editor.restore()
+    _show(trainer, found)
+    return found
+
+
+def _is_probe(kind: type) -> bool:
+    return issubclass(kind, Probe) and kind is not Probe
+
+
+def _keep(trainer: EditTrainer, finding: Finding, n_edits: int) -> None:
+    """Write its files; the notes last."""
+    if finding.rows:
+        write_csv(trainer.run.path / f"{finding.name}.csv", finding.rows)
+    if finding.figure is not None:
+        keep(trainer, finding.name, finding.figure, n_edits)
+    trainer.run.write_json(f"{finding.name}.json", dict(finding.notes))
+
+
+def _show(trainer: EditTrainer, findings: Sequence[Finding]) -> None:
+    """Notes and short tables on the terminal, and where everything is."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Console):
+            callback.close()
+            said: set[tuple[str, str]] = set()
+            for finding in findings:
+                if 0 < len(finding.rows) <= SHOWN:
+                    callback.out.print(table(finding))
+                else:
+                    callback.out.print(Text(f"{finding.name}: {len(finding.rows)} rows", "italic"))
+                for note in flat(finding.notes):
+                    if note not in said:  # findings of one probe share some
+                        callback.out.print(Text("  {}: {}".format(*note)), soft_wrap=True)
+                    said.add(note)
+            callback.out.print(f"run directory {trainer.run.path}", soft_wrap=True, markup=False)
+
+
+def table(finding: Finding) -> Table:
+    """The rows of a finding."""
+    shown = Table(title=finding.name, title_justify="left", box=box.HORIZONTALS)
+    for name in finding.rows[0]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in finding.rows:
+        shown.add_row(*(Text(text(value)) for value in row.values()))
+    return shown
+
+
+def flat(notes: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, str]]:
+    """Notes as names and texts, nested ones by their path, without those that say nothing.
+
+    >>> list(flat({"used": 3, "skipped": {"unknown": 0.12345678}, "rejected": []}))
+    [('used', '3'), ('skipped/unknown', '0.1235')]
+    """
+    for key, value in notes.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{name}{key}/")
+        elif value not in (None, "", [], ()):
+            yield f"{name}{key}", text(value)
+
+
+def text(value: object) -> str:
+    """A value for the terminal: numbers to four digits, nothing where there is none.
+
+    >>> text(0.123456), text(None), text([1, 2.0])
+    ('0.1235', '', '1, 2')
+    """
+    if isinstance(value, list | tuple):
+        return ", ".join(map(text, value))
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
