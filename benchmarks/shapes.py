@@ -140,10 +140,11 @@ KINDS = ("ROME", "TOP", "MEMIT", "JEEP", "EAC(ROME)")
 
 @dataclass
 class Flop:
-    """Floating-point operations, a multiplication and an addition being two."""
+    """Floating-point operations, a multiplication and an addition being two, and the tokens that a layer runs on."""
 
     forward: float = 0.0
     backward: float = 0.0
+    tokens: int = 0
 
 
 def block_sizes(base: LanguageModel, layer: int) -> tuple[int, int, int]:
@@ -197,7 +198,7 @@ def flop(
         total.forward += linear + 4 * width * pairs
         total.backward += linear + 8 * width * pairs if layer >= above else 0
     spent = 2 * head * base.model.get_output_embeddings().weight.numel()
-    return Flop(total.forward + spent, total.backward + spent)
+    return Flop(total.forward + spent, total.backward + spent, int(tokens))
 
 
 class Counting:

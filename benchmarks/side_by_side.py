@@ -1,12 +1,12 @@
-"""Single edits side by side against one by one, measured (teacher-forced): time and peak memory, as a Markdown table.
+"""Single edits in three ways, measured (teacher-forced): time and peak memory, as a Markdown table.
 
     python -m benchmarks.side_by_side --out benchmarks/side_by_side.md
-    python -m benchmarks.side_by_side --forward full --out benchmarks/side_by_side_full.md
     python -m benchmarks.side_by_side --quick
 
-Editors and layers are those of ``configs/*_almanac.yaml``, each edit from the unedited model. A round is a fresh run of
-either way over the same edits, other edits every round, and the ways take turns in who begins. Peaks are those of a
-process of its own.
+Plain is one edit after another, every step a pass of the whole model with hooks; then one after another through the
+suffix; then side by side through the suffix. Editors and layers are those of ``configs/*_almanac.yaml``, each edit from
+the unedited model. A round is a fresh run of every way over the same edits, other edits every round, and the ways take
+turns in who begins. Peaks are those of a process of its own.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ from kedit_lightning.run import RunDirectory
 from kedit_lightning.stream import EditStream
 
 EDITORS = ("ROME", "TOP", "MEMIT", "JEEP", "PMET")
-WAYS = {"one by one": 1, "side by side": None}
-"""And their `parallel_edits`."""
+WAYS: dict[str, tuple[int | None, str]] = {
+    "plain": (1, "full"),
+    "one by one": (1, "suffix"),
+    "side by side": (None, "suffix"),
+}
+"""And their `parallel_edits` and `forward`."""
 CLOSE = 1e-5
 """Margin below which a comparison of two probabilities may turn out either way."""
 
@@ -57,8 +61,9 @@ class Found:
     scores: list[dict[str, float]]
 
 
-def run(name: str, base: LanguageModel, start: int, stop: int, parallel: int | None, forward: str = "suffix") -> Found:
+def run(name: str, base: LanguageModel, start: int, stop: int, way: str) -> Found:
     """Measure the unedited model, make edits, and measure them."""
+    parallel, forward = WAYS[way]
     data = almanac_edits(start, stop, restore_every=1, parallel_edits=parallel)
     editor = shipped(name, base, forward=forward)
     edited = Clock()
@@ -95,13 +100,23 @@ def apart(one: Found, other: Found) -> tuple[float, float, int, int]:
     return update, score, otherwise, really
 
 
-def memory(name: str, stop: int, parallel: int | None, forward: str, threads: int) -> float:
+def memory(name: str, stop: int, way: str, threads: int) -> float:
     """MB by which a process grows over the built model."""
     torch.set_num_threads(threads)
     quiet()
     base = LanguageModel("almanac")
-    run(name, base, 0, 1, 1)  # imports, second moments
-    return grown(lambda: run(name, base, 0, stop, parallel, forward))
+    run(name, base, 0, 1, "one by one")  # imports, second moments
+    return grown(lambda: run(name, base, 0, stop, way))
+
+
+def _seconds(runs: Sequence[Found], edits: int) -> str:
+    share = statistics.median(one.model / one.seconds for one in runs)
+    return f"{spread([one.seconds / edits for one in runs])} [{share:.0%}]"
+
+
+def _faster(slow: Sequence[Found], fast: Sequence[Found], *, whole: bool = False) -> float:
+    times = ((a.whole, b.whole) if whole else (a.seconds, b.seconds) for a, b in zip(slow, fast, strict=True))
+    return statistics.median(a / b for a, b in times)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -111,7 +126,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--edits", type=int, default=40, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--forward", choices=("suffix", "full"), default="suffix", help="of the edits made one by one")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out, which takes a process a cell")
     parser.add_argument("--quick", action="store_true", help="one round of two edits, to see that it runs")
     parser.add_argument("--out", type=Path, help="a file that takes the table too")
@@ -126,42 +140,45 @@ def main(words: Sequence[str] | None = None) -> None:
         "Single edits side by side",
         "benchmarks.side_by_side",
         words,
-        f"The almanac, float32, one by one with `forward: {args.forward}`; medians of {args.rounds} rounds of "
-        f"{args.edits} edits (least to most in brackets). Seconds are per edit, from the first edit to the last that "
-        "is measured; *model*: the share of them inside the model's forward and backward passes; *whole run, faster*: "
-        "with the unedited model's measurement, which is the same in both and otherwise kept from run to run. MB: "
-        "growth at the peak. *Δ apart*: the largest ‖Δ − Δ′‖ / ‖Δ‖ of an edit; *log p apart*: the largest difference "
-        "of log p of the new or the true answer at the edit's own prompt; *otherwise*: comparisons of these two that "
-        f"came out otherwise, and those of them with a margin of {CLOSE:g} at least.",
+        f"The almanac, float32; medians of {args.rounds} rounds of {args.edits} edits (least to most in brackets). "
+        "Seconds are per edit, from the first edit to the last that is measured, in square brackets the share in the "
+        "model's forward and backward passes; *whole run*: with the unedited model's measurement, which is the "
+        "same in all and otherwise kept from run to run. MB: growth at the peak. *Δ apart*: the largest ‖Δ − Δ′‖ / ‖Δ‖ "
+        "of an edit, side by side from one by one, and, by rounding alone, one by one from plain; *log p apart*: the "
+        "largest difference of log p of the new or the true answer at the edit's own prompt; *otherwise*: comparisons "
+        f"of these two that came out otherwise, and those of them with a margin of {CLOSE:g} at least.",
         [
-            *("editor", "one by one, s", "side by side, s", "faster", "one by one, model", "side by side, model"),
-            *("whole run, faster", "one by one, MB", "side by side, MB", "Δ apart", "log p apart", "otherwise"),
+            *(
+                "editor",
+                *(f"{way}, s" for way in WAYS),
+                "faster than one by one",
+                "than plain",
+                "whole run, than plain",
+            ),
+            *(*(f"{way}, MB" for way in WAYS), "Δ apart", "by rounding alone", "log p apart", "otherwise"),
         ],
         args.out,
     )
     for name in args.editors:
         found: dict[str, list[Found]] = {way: [] for way in WAYS}
-        run(name, base, 0, 2, None)  # warms up, and gets the second moments
+        run(name, base, 0, 2, "side by side")  # warms up, and gets the second moments
         for i in range(args.rounds):
             for way in list(WAYS)[:: -1 if i % 2 else 1]:
-                forward = args.forward if WAYS[way] == 1 else "suffix"
-                found[way].append(run(name, base, i * args.edits, (i + 1) * args.edits, WAYS[way], forward))
-        one, many = found.values()
-        each = [[each.seconds / args.edits for each in runs] for runs in (one, many)]
-        shares = [f"{statistics.median(each.model / each.seconds for each in runs):.0%}" for runs in (one, many)]
-        peaks = ["", ""]
-        for i, parallel in enumerate(() if args.no_memory else WAYS.values()):
-            forward = args.forward if parallel == 1 else "suffix"
+                found[way].append(run(name, base, i * args.edits, (i + 1) * args.edits, way))
+        plain, one, many = found.values()
+        peaks = [""] * len(WAYS)
+        for i, way in enumerate(() if args.no_memory else WAYS):
             with processes.Pool(1) as pool:
-                peaks[i] = f"{pool.apply(memory, (name, args.edits, parallel, forward, args.threads)):.0f}"
+                peaks[i] = f"{pool.apply(memory, (name, args.edits, way, args.threads)):.0f}"
         differences = [apart(*pair) for pair in zip(one, many, strict=True)]
-        faster = statistics.median(a.seconds / b.seconds for a, b in zip(one, many, strict=True))
-        whole = statistics.median(a.whole / b.whole for a, b in zip(one, many, strict=True))
         update, score = (max(difference[i] for difference in differences) for i in (0, 1))
         otherwise, really = (sum(difference[i] for difference in differences) for i in (2, 3))
+        rounding = max(apart(*pair)[0] for pair in zip(plain, one, strict=True))
         table.line(
-            *(name, *map(spread, each), f"**{faster:.1f}×**", *shares, f"{whole:.1f}×", *peaks),
-            *(f"{update:.0e}", f"{score:.0e}", f"{otherwise} ({really})"),
+            *(name, *(_seconds(runs, args.edits) for runs in found.values())),
+            *(f"**{_faster(slow, many):.1f}×**" for slow in (one, plain)),
+            f"{_faster(plain, many, whole=True):.1f}×",
+            *(*peaks, f"{update:.0e}", f"{rounding:.0e}", f"{score:.0e}", f"{otherwise} ({really})"),
         )
     table.close()
 

@@ -98,20 +98,20 @@ def clock(base: LanguageModel) -> float:
     return time.perf_counter()
 
 
+@torch.no_grad()
 def product_speed(base: LanguageModel, tokens: int) -> float:
-    """FLOP per second of the machine's matrix product, at the sizes of an up-projection of these tokens."""
-    inner, out = base.weight(Site(0, "mlp")).shape[::-1]
-    like = {"device": base.device, "dtype": base.weight(Site(0, "mlp")).dtype}
-    x, w = torch.randn(tokens, out, **like), torch.randn(out, inner, **like)
+    """FLOP per second of the machine's matrix product: down-projections of so many tokens, once in every layer."""
+    weights = [base.weight(Site(layer, "mlp")).T for layer in range(base.num_layers)]
+    x = torch.randn(tokens, len(weights[0]), device=base.device).to(weights[0])
     start = clock(base)
-    for _ in range(3):
-        torch.mm(x, w)
-    return 3 * 2 * tokens * inner * out / (clock(base) - start)
+    for weight in weights:
+        torch.mm(x, weight)
+    return 2 * tokens * sum(weight.numel() for weight in weights) / (clock(base) - start)
 
 
 @dataclass
 class Case:
-    """One line of the table: a stage, or all of them."""
+    """One line of the table, a stage or all of them: seconds, FLOP, and the seconds that products alone would take."""
 
     stage: str
     full: float
@@ -120,29 +120,30 @@ class Case:
     flop_full: float
     flop_single: float
     flop_batch: float
+    product_single: float
+    product_batch: float
 
 
 def measure(
     kind: str, base: LanguageModel, shape: Shape, singles: int, batch: int, rounds: int, full: str = "released"
-) -> tuple[list[Case], float]:
-    """The lines of one editor in seconds and FLOP per edit, and the share of the matrix product's speed in a batch."""
+) -> list[Case]:
+    """The lines of one editor: of the stages the seconds and FLOP per edit, and what products alone would take."""
     facts = (prompt_set()[0] * batch)[:batch]
     alone = [facts[i * len(facts) // singles] for i in range(singles)]
     runners = {(full, i): Runner(editor(kind, base, shape, full), [fact]) for i, fact in enumerate(alone)}
     runners |= {("suffix", i): Runner(editor(kind, base, shape, "suffix"), [fact]) for i, fact in enumerate(alone)}
     together = Runner(editor(kind, base, shape, "suffix"), facts)
-    cases, done, seconds = [], 0.0, 0.0
+    cases = []
     for stages in zip(*runners.values(), together, strict=True):
-        timings = [Timing() for _ in stages]
-        speeds = []
+        timings, few, many = [Timing() for _ in stages], list[float](), list[float]()
         for turn in range(rounds + 1):
             for i in range(singles):
                 for at in (i, singles + i):
                     runner = list(runners.values())[at]
                     runner.round(stages[at], timings[at])
             together.round(stages[-1], timings[-1])
-            tokens = max(16, min(2048, together.editor.batch.tokens // 4))
-            speeds.append(product_speed(base, tokens))
+            few.append(product_speed(base, sum(timing.step.tokens for timing in timings[singles:-1]) // singles))
+            many.append(product_speed(base, max(16, min(2048, timings[-1].step.tokens))))
             if turn == 0:  # warms up
                 timings = [Timing() for _ in stages]
         stage = stages[-1]
@@ -160,11 +161,11 @@ def measure(
             mean(alike, "flop", prepare=False),
             mean(single, "flop", prepare=True),
             mean(whole, "flop", prepare=True) / batch,
+            mean(single, "flop", prepare=True) / statistics.median(few[1:]),
+            mean(whole, "flop", prepare=True) / batch / statistics.median(many[1:]),
         )
         cases.append(case)
-        done += case.flop_batch / statistics.median(speeds[1:])
-        seconds += case.batch
-    return cases, done / seconds
+    return cases
 
 
 # ---------------------------------------------------------------------- memory
@@ -190,7 +191,7 @@ def grown(kind: str, forward: str, n: int, settings: Mapping[str, Any]) -> float
 # ---------------------------------------------------------------------- the table
 
 
-def rows(kind: str, cases: Sequence[Case], batch: int, share: float, memory: Sequence[float]) -> Iterator[str]:
+def rows(kind: str, cases: Sequence[Case], batch: int, memory: Sequence[float]) -> Iterator[str]:
     """Lines of the table: one edit, then a batch, for each stage and for all."""
     names = [case.stage for case in cases]
     values = [[getattr(case, name) for case in cases] for name in Case.__dataclass_fields__ if name != "stage"]
@@ -198,11 +199,14 @@ def rows(kind: str, cases: Sequence[Case], batch: int, share: float, memory: Seq
         cases = [*cases, Case("all", *map(sum, values))]
         names = [*names, "all"]
     for case, stage in zip(cases, names, strict=True):
-        for n, seconds, spent in ((1, case.single, case.flop_single), (batch, case.batch, case.flop_batch)):
+        for n, seconds, spent, product in (
+            (1, case.single, case.flop_single, case.product_single),
+            (batch, case.batch, case.flop_batch, case.product_batch),
+        ):
             of_flop, faster, whole = case.flop_full / spent, case.full / seconds, case is cases[-1]
             yield (
                 f"| {kind} | {stage} | {n} | {case.full:.3g} | {seconds:.3g} | **{faster:.1f}×** | {of_flop:.1f}× "
-                f"| {faster / of_flop:.0%} | {f'{share:.0%}' if whole and n > 1 else ''} "
+                f"| {faster / of_flop:.0%} | {product / seconds:.0%} "
                 f"| {f'{memory[0]:.0f}' if whole and memory else ''} "
                 f"| {f'{memory[1 if n == 1 else 2]:.0f}' if whole and memory else ''} |\n"
             )
@@ -233,22 +237,22 @@ def main(words: Sequence[str] | None = None) -> None:
         f"Seconds and FLOP are per edit: full, one at a time (mean of {args.singles} facts; the head on "
         f"{'every token' if full == 'released' else 'what is read'}), against the suffix, one at a time (the same "
         f"facts) and {args.batch} together. Medians of {args.rounds} rounds in which the paths take turns. *of FLOP*: "
-        "what the two paths need, without padding; *share*: the measured ratio over that one; *of product*: FLOP of "
-        "the batch over its time, against `torch.mm` in the same rounds; MB: growth at the peak over the built model, "
-        "in a process of its own.\n\n"
+        "what the two paths need, without padding; *share*: the measured ratio over that one; *of product*: the FLOP "
+        "over the time, against `torch.mm` on the model's matrices with as many tokens as a step has, in the same "
+        "rounds; MB: growth at the peak over the built model, in a process of its own.\n\n"
         "| editor | stage | edits | full, s | suffix, s | faster | of FLOP | share | of product "
         "| full, MB | suffix, MB |\n"
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n"
     )
     processes, per_edit = multiprocessing.get_context("spawn"), {}
     for kind in args.editors:
-        cases, share = measure(kind, base, SHAPES[args.shape], args.singles, args.batch, args.rounds, full)
+        cases = measure(kind, base, SHAPES[args.shape], args.singles, args.batch, args.rounds, full)
         per_edit[kind] = sum(case.single for case in cases), sum(case.batch for case in cases)
         memory = []
         for forward, n in () if args.no_memory else ((full, 1), ("suffix", 1), ("suffix", args.batch)):
             with processes.Pool(1) as pool:
                 memory.append(pool.apply(grown, (kind, forward, n, vars(args))))
-        say("".join(rows(kind, cases, args.batch, share, memory)))
+        say("".join(rows(kind, cases, args.batch, memory)))
         sys.stdout.flush()
     if {"ROME", "EAC(ROME)"} <= set(per_edit):
         (one, many), (one_eac, many_eac) = per_edit["ROME"], per_edit["EAC(ROME)"]

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,9 @@ def assert_equal(run: Path, one: Path, within: float = 1e-6) -> None:
     near(*(plain(json.loads((at / "metrics.json").read_text())) for at in (run, one)))
     begun, alone = (json.loads((at / "run.json").read_text()) for at in (run, one))
     assert {key for key in {**begun, **alone} if begun.get(key) != alone.get(key)} == {"world_size"}
-    for (_, ours, _), (_, theirs, _) in zip(RunDirectory(run).commits(), RunDirectory(one).commits(), strict=True):
-        assert [delta.name for delta in ours] == [delta.name for delta in theirs]
-        for delta, expected in zip(ours, theirs, strict=True):
-            assert expected.norm > 0
-            assert apart(delta, expected) < within
+    for delta, expected in updates(run, one):
+        assert expected.norm > 0
+        assert apart(delta, expected) < within
     curves, alone_curves = events(run), events(one)
     assert curves.keys() == alone_curves.keys()
     for tag, points in alone_curves.items():
@@ -181,6 +179,13 @@ def events(run: Path) -> dict[str, list[tuple[int, float]]]:
     loaded = EventAccumulator(str(run), size_guidance={"scalars": 0})
     loaded.Reload()
     return {tag: [(event.step, event.value) for event in loaded.Scalars(tag)] for tag in loaded.Tags()["scalars"]}
+
+
+def updates(run: Path, one: Path) -> Iterator[tuple[WeightDelta, WeightDelta]]:
+    """Those of two runs, commit by commit."""
+    for (_, ours, _), (_, theirs, _) in zip(RunDirectory(run).commits(), RunDirectory(one).commits(), strict=True):
+        assert [delta.name for delta in ours] == [delta.name for delta in theirs]
+        yield from zip(ours, theirs, strict=True)
 
 
 def apart(delta: WeightDelta, expected: WeightDelta) -> float:
@@ -255,10 +260,12 @@ STREAMS: dict[str, dict[str, Any]] = {
     "1": {"edits": 1},
 }
 """Sequences, a batch, edits side by side, and fewer edits than processes."""
-ROUNDING = {"20 by ROME": 5e-6, "20 by EAC": 5e-6}
-"""Of Δ, where it is more than 1e-6 of the larger of its norm and 1: every edit is made on weights that hold the
-rounding of those before it. 1.8e-6 and 2.3e-6 were measured, 2e-7 at the first edit, and 7e-7 between suffix and full
-forward in one process."""
+OTHERWISE = {"forward": "full", "max_tokens": 300}
+"""Settings that change nothing but how rows stand together, and so the rounding."""
+LARGER = 4
+"""How many times as far as one process is from itself with `OTHERWISE` several may be from it, where that is more than
+1e-6 of the larger of an update's norm and 1. A δ is within 1e-6 (tests/editors/test_processes.py); what is solved with
+it multiplies its rounding and the keys' by the condition, and in a sequence every edit stands on those before."""
 
 
 @pytest.fixture(scope="module")
@@ -267,13 +274,26 @@ def alone(world: World) -> Callable[[str], Path]:
     return cache(lambda name: fit(world, config(world, **STREAMS[name]), f"{name} alone"))
 
 
+@pytest.fixture(scope="module")
+def rounding(world: World, alone: Callable[[str], Path]) -> Callable[[str], float]:
+    """How far rounding alone takes the updates of each stream."""
+
+    def measure(name: str) -> float:
+        other = fit(world, config(world, **{**STREAMS[name], **OTHERWISE}), f"{name} otherwise")
+        return max(itertools.starmap(apart, updates(other, alone(name))))
+
+    return cache(measure)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("name", STREAMS)
-def test_streams_of_several_processes(world: World, alone: Callable[[str], Path], name: str, n: int) -> None:
+def test_streams_of_several_processes(
+    world: World, alone: Callable[[str], Path], rounding: Callable[[str], float], name: str, n: int
+) -> None:
     one = alone(name)
     assert (json.loads((one / "run.json").read_text())["parallel_edits"] > 1) == (name == "single")
-    assert_equal(fit(world, one / "config.yaml", f"{name} by {n}", n), one, ROUNDING.get(name, 1e-6))
+    assert_equal(fit(world, one / "config.yaml", f"{name} by {n}", n), one, max(1e-6, LARGER * rounding(name)))
 
 
 # ---------------------------------------------------------------------- what goes wrong

@@ -56,6 +56,8 @@ def edit_loss(
     rows, edit = batch.rows.select(mine), batch.edit[mine]
     at = {site: position[mine] for site, position in at.items()}
     kl_edit = torch.nonzero(torch.isin(kl_row, mine))[:, 0]
+    if not kl_factor:  # then its rows do not run
+        kl_edit = kl_edit[:0]
     kl_row, kl_at = torch.searchsorted(mine, kl_row[kl_edit]), kl_at[kl_edit]
     line, position = torch.nonzero(rows.labels >= 0, as_tuple=True)
     targets = rows.labels[line, position]

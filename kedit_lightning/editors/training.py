@@ -183,7 +183,7 @@ class StagedTraining(LightningModule, ABC):
                 delta.delta.copy_(torch.where(running[:, None], delta.delta, old))
         if last:
             self._enter_next_stage()
-        elif 2 * int(running.sum()) <= len(running):  # to prepare the loss anew costs about half an evaluation
+        elif 4 * int(running.sum()) <= 3 * len(running):  # to prepare the loss anew costs a third of an evaluation
             self._leave_out_those_done(torch.nonzero(running)[:, 0])
             self._go_on(stage)
 

@@ -61,6 +61,10 @@ class FullForward:
         same = list(self.sites) == list(sites) and self.last == (self.base.num_layers - 1 if last is None else last)
         return same and all(torch.equal(x, y.to(x.device)) for x, y in zip(mine, other, strict=True))
 
+    def narrowed(self, rows: Batch, sites: Mapping[Site, Tensor], last: int | None) -> FullForward | None:
+        """The same for some of its rows, without running anything; None where that cannot be had."""
+        return None
+
     @contextmanager
     def adding(self, added: Mapping[Site, Tensor]) -> Iterator[None]:
         """Add vectors in the model's forward passes inside the context."""
@@ -72,6 +76,8 @@ class FullForward:
 
 class Forwards:
     """Makes forward passes, and hands the latest out again where the same is asked for, as by EAC's two stages.
+
+    Where fewer of its rows are, since edits are done, the latest is narrowed.
 
     Args:
         kind: What makes them, as `FullForward` does.
@@ -86,10 +92,15 @@ class Forwards:
         self, base: LanguageModel, rows: Batch, sites: Mapping[Site, Tensor], last: int | None = None
     ) -> FullForward:
         """As `FullForward`."""
-        if self._latest is None or not self._latest.holds_for(rows, sites, last):
+        found = latest = self._latest
+        if latest is not None and not latest.holds_for(rows, sites, last):
+            found = latest.narrowed(rows, sites, last)
+        if found is None:
+            del latest
             self.forget()  # before the next is made, for memory
-            self._latest = self.kind(base, rows, sites, last)
-        return self._latest
+            found = self.kind(base, rows, sites, last)
+        self._latest = found
+        return found
 
     def forget(self) -> None:
         """The weights are no longer what they were."""

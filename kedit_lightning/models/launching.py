@@ -57,9 +57,11 @@ class Launcher(_SubprocessScriptLauncher):
         def watch() -> None:
             while not over.wait(1):
                 if self._incomplete() and not over.wait(PATIENCE):
-                    say(_left() or str(self._lost(rank)))
-                    self.kill(signal.SIGKILL)
-                    os._exit(1)
+                    try:
+                        say((None if self._orphaned() else _left()) or str(self._lost(rank)))
+                    finally:  # whatever becomes of the word
+                        self.kill(signal.SIGKILL)
+                        os._exit(1)
 
         threading.Thread(target=watch, daemon=True, name="other-processes").start()
         try:
@@ -102,9 +104,12 @@ class Launcher(_SubprocessScriptLauncher):
 
     def _incomplete(self) -> bool:
         """Whether a process has ended that this one has started, or that has started this one."""
+        return self._orphaned() or any(process.poll() for process in self.procs)
+
+    def _orphaned(self) -> bool:
+        """Whether the process that has started this one has ended; nothing can be asked of the first one then."""
         parent = str(os.getppid())
-        began = os.environ.get(STARTED_BY, parent) if self.cluster_environment.local_rank() > 0 else parent
-        return began != parent or any(process.poll() for process in self.procs)
+        return self.cluster_environment.local_rank() > 0 and os.environ.get(STARTED_BY, parent) != parent
 
     def _lost(self, rank: int) -> KeditError:
         killed = [(rank + i, -process.returncode) for i, process in enumerate(self.procs, 1) if process.poll()]

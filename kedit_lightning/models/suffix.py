@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import is_
@@ -63,9 +64,34 @@ class SuffixForward(FullForward):
             )
             for group in groups
         ]
+        self._forget_what_was_asked()
+
+    def _forget_what_was_asked(self) -> None:
         self._asked: tuple[int, tuple[Site, ...]] | None = None
         self._asked_at: tuple[Tensor, ...] = ()
         self._runs: list[_Run] = []
+
+    def narrowed(self, rows: Batch, sites: Mapping[Site, Tensor], last: int | None) -> SuffixForward | None:
+        """The same for some of its rows, from what it has kept; None where there are others.
+
+        Rows are known by their tokens, their owners and where vectors are added.
+        """
+        if list(sites) != list(self.sites) or (self.base.num_layers - 1 if last is None else last) != self.last:
+            return None
+        there = {row: i for i, row in enumerate(_described(self.rows, self.sites))}
+        which = [there.get(row, -1) for row in _described(rows, sites)]
+        if -1 in which:
+            return None
+        some, chosen = copy(self), torch.tensor(which, device=self._start.device)
+        some.rows = rows.to(self.base.device)
+        some.sites = {site: at.to(self.base.device) for site, at in sites.items()}
+        some._start, some._end, some._groups = self._start[chosen], self._end[chosen], []
+        for group, suffix in self._groups:
+            mine, line = torch.nonzero(chosen[:, None] == group, as_tuple=True)
+            if len(mine):
+                some._groups.append((mine, suffix.select(line)))
+        some._forget_what_was_asked()
+        return some
 
     def logits(self, added: Mapping[Site, Tensor], at: tuple[Tensor, Tensor]) -> Tensor:
         """As `FullForward.logits`.
@@ -143,6 +169,13 @@ class SuffixForward(FullForward):
             msg = f"expected positions of row {int(row[i])} {where}; got {int(position[i])}"
             raise ValueError(msg)
         return position - start
+
+
+def _described(rows: Batch, sites: Mapping[Site, Tensor]) -> list[tuple[int, ...]]:
+    """What a forward pass depends on, a row."""
+    at = torch.stack([*sites.values(), rows.owner.to(rows.input_ids.device)], dim=1).tolist()
+    lengths = rows.attention_mask.sum(dim=1).tolist()
+    return [(*at, *ids[:n]) for at, ids, n in zip(at, rows.input_ids.tolist(), lengths, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,21 @@ class SuffixGroup(FullForward):
         self._ids, self._position_ids = rows.input_ids.gather(1, after), after
         self._read: tuple[int, int, Tensor]  # the last layer, of how many tokens, and which of them in each row
 
+    def select(self, lines: Tensor) -> SuffixGroup:
+        """The same for some of its rows, shape ``(n,)``."""
+        some = copy(self)
+        some.rows = self.rows.select(lines)
+        some.sites = {site: at[lines] for site, at in self.sites.items()}
+        some._ids, some._position_ids, some._mask = (x[lines] for x in (self._ids, self._position_ids, self._mask))
+        some._known = {
+            m: _map(output, lambda hidden: hidden[lines.to(hidden.device)]) for m, output in self._known.items()
+        }
+        past = {id(layer): copy(layer) for layer in self._past}
+        for layer in past.values():
+            layer.keys, layer.values = (x[lines.to(x.device)] for x in (layer.keys, layer.values))
+        some._past = [past[id(layer)] for layer in self._past]
+        return some
+
     def cut(self, lines: Tensor, line: Tensor, position: Tensor, layer: int) -> SuffixGroup:
         """What is needed to read some tokens.
 
@@ -126,22 +141,11 @@ class SuffixGroup(FullForward):
             position: Its position in the suffix, shape ``(p,)``.
             layer: The last layer that is read. Its attention's output and its MLP are made for these tokens alone.
         """
-        cut, every = copy(self), len(lines) == len(self.rows)
-        if not every:
-            cut.rows = self.rows.select(lines)
-            cut.sites = {site: at[lines] for site, at in self.sites.items()}
+        cut = copy(self) if len(lines) == len(self.rows) else self.select(lines)
         q = int(torch.stack([position.max(), *(at.max() for at in cut.sites.values())]).max()) + 1
-        p = self._mask.shape[1] - self._ids.shape[1] + q
-
-        def some(x: Tensor, width: int) -> Tensor:
-            return (x if every else x[lines.to(x.device)])[:, :width]
-
-        cut._ids, cut._position_ids, cut._mask = some(self._ids, q), some(self._position_ids, q), some(self._mask, p)
-        cut._known = {m: _map(output, lambda hidden: some(hidden, q)) for m, output in self._known.items()}
-        if not every:
-            cut._past = [copy(kept) for kept in self._past]
-            for kept in cut._past:
-                kept.keys, kept.values = (x[lines.to(x.device)] for x in (kept.keys, kept.values))
+        p = cut._mask.shape[1] - cut._ids.shape[1] + q
+        cut._ids, cut._position_ids, cut._mask = cut._ids[:, :q], cut._position_ids[:, :q], cut._mask[:, :p]
+        cut._known = {m: _map(output, lambda hidden: hidden[:, :q]) for m, output in cut._known.items()}
         read = torch.zeros_like(cut._ids, dtype=torch.bool)
         read[line, position] = True
         most = int(read.sum(dim=1).max())

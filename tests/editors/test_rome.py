@@ -13,7 +13,7 @@ from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
 from tests.editors.fitting import TEMPLATES, bits, fit, make, same
-from tests.families import EDITS, tiny_base
+from tests.families import EDITS, LAYERS, tiny_base
 
 SITE = Site(1, "mlp")
 KL, DECAY = 0.3, 0.7
@@ -83,6 +83,27 @@ def test_the_loss_of_every_edit_is_that_of_its_rows_one_by_one(family: str) -> N
         gradient = torch.autograd.grad(terms["weight_decay"].sum(), editor.v.delta)[0]
         assert bool(gradient.isfinite().all())
         assert bool(gradient.any()) == bool(scale)
+
+
+def test_a_kl_that_counts_for_nothing_is_not_computed() -> None:
+    """Its rows do not run, and the other terms are what they are with it."""
+    base, terms, ran = tiny_base("gpt2"), {}, {}
+    hook = base.linear(Site(LAYERS - 1, "mlp")).register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    for factor in (KL, 0.0):
+        rows: list[int] = []
+        editor = make("ROME", base, kl_factor=factor)
+        editor.prepare()
+        editor.begin(EDITS[:2])
+        editor.take_up(editor.parts[0])
+        assert isinstance(editor, ROME)
+        loss = editor.edit_loss(editor.v)
+        rows.clear()
+        terms[factor] = loss().terms
+        ran[factor] = sum(rows)
+    hook.remove()
+    assert ran[KL] - ran[0.0] == 2
+    torch.testing.assert_close(terms[0.0]["nll"], terms[KL]["nll"])
+    assert not terms[0.0]["kl"].any()
 
 
 def test_the_kl_is_against_the_model_as_it_stands(tmp_path: Path) -> None:

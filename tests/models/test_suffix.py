@@ -17,7 +17,7 @@ from kedit_lightning.data.prompts import edit_batch
 from kedit_lightning.edits import Part, Site, Token
 from kedit_lightning.errors import ModelError
 from kedit_lightning.models import Batch, LanguageModel
-from kedit_lightning.models.full import FullForward
+from kedit_lightning.models.full import Forwards, FullForward
 from kedit_lightning.models.suffix import GROUP_COSTS, SuffixForward
 from tests.families import EDITS, LAYERS, WIDTH, WINDOW, build, tiny_base
 from tests.families import tokenizer as make_tokenizer
@@ -359,6 +359,49 @@ def test_a_forward_that_stood_on_the_block_stands_again(gpt2_base: LanguageModel
 
 
 # ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("tokens", [{Site(0): FIRST}, TWO])
+def test_narrowed_to_some_rows(base: LanguageModel, tokens: dict[Site, Token]) -> None:
+    """What was kept serves, in any order; the weights are not asked again."""
+    rows, forwards = rows_of(base), Forwards(SuffixForward)
+    whole = forwards(base, rows, positions(rows, tokens))
+    whole.logits(vectors_for(rows, tokens), places(rows, tokens))
+    lines = torch.arange(len(rows) - 1, 0, -2)
+    some = rows.select(lines)
+    added, at = vectors_for(some, tokens), places(some, tokens)
+    expected = logits_and_gradients(SuffixForward(base, some, positions(some, tokens)), added, at)
+    with mock.patch.object(LanguageModel, "run", side_effect=AssertionError("a first pass")):
+        narrowed = forwards(base, some, positions(some, tokens))
+    close(logits_and_gradients(narrowed, added, at), expected)
+    close(
+        logits_and_gradients(narrowed, added, at),
+        logits_and_gradients(FullForward(base, some, positions(some, tokens)), added, at),
+    )
+    few = some.select(torch.arange(2))
+    with mock.patch.object(LanguageModel, "run", side_effect=AssertionError("a first pass")):
+        again = forwards(base, few, positions(few, tokens))
+    added, at = vectors_for(few, tokens), places(few, tokens)
+    close(
+        logits_and_gradients(again, added, at),
+        logits_and_gradients(FullForward(base, few, positions(few, tokens)), added, at),
+    )
+
+
+@pytest.mark.parametrize("change", ["row", "owner", "site", "last"])
+def test_rows_that_were_not_there_are_run_anew(gpt2_base: LanguageModel, change: str) -> None:
+    rows, forwards = rows_of(gpt2_base), Forwards(SuffixForward)
+    forwards(gpt2_base, rows.select(torch.arange(4)), positions(rows.select(torch.arange(4)), TWO))
+    some, tokens, last = rows.select(torch.tensor([0, 4 if change == "row" else 1])), TWO, None
+    if change == "owner":
+        some = replace(some, owner=some.owner + 7)
+    elif change == "site":
+        tokens = {Site(1, "mlp"): LAST, Site(2, "mlp"): END}
+    elif change == "last":
+        last = gpt2_base.num_layers - 2
+    with mock.patch.object(LanguageModel, "run", autospec=True, side_effect=LanguageModel.run) as run:
+        forwards(gpt2_base, some, positions(some, tokens), last)
+    assert run.called
 
 
 def test_positions_outside_the_suffix_are_refused(gpt2_base: LanguageModel) -> None:
