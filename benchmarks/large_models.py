@@ -65,7 +65,7 @@ def measure(kind: str, base: LanguageModel, shape: str, n: int, rounds: int, mom
         value += timing.seconds(stage.steps, stage.steps - (not stage.updates_last), prepare=True)
     for delta in chosen._deltas:
         delta.whole()
-    chosen._forward.forget()
+    chosen.forwards.forget()
     chosen.moments = dict.fromkeys(chosen.sites(), moment)
     seconds = []
     for _ in range(2):  # the first also factorises C

@@ -128,7 +128,7 @@ def editor(kind: str, base: LanguageModel, shape: Shape, forward: str) -> Editor
     }
     chosen = made[kind]()
     if forward == "released":
-        chosen._forward = Forwards(ReleasedForward)
+        chosen.forwards = Forwards(ReleasedForward)
     return chosen
 
 

@@ -75,7 +75,7 @@ class Runner:
     def round(self, stage: Stage, timing: Timing) -> None:
         """Prepare a stage's loss, anew except where it follows on one that is compressed, and take one step."""
         if not (self.editor.compress and stage.name == "v"):
-            self.editor._forward.forget()
+            self.editor.forwards.forget()
         start = clock(self.editor.base)
         evaluate = stage.prepare()
         prepared = clock(self.editor.base)
