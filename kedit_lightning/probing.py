@@ -56,7 +56,7 @@ def look(
         editor.restore()
         try:
             for finding in probe.look(study):
-                _keep(trainer, finding, len(datamodule.edits))
+                keep_finding(trainer, finding, len(datamodule.edits))
                 found.append(finding)
         finally:
             editor.base.side_by_side.clear()
@@ -69,7 +69,7 @@ def _is_probe(kind: type) -> bool:
     return issubclass(kind, Probe) and kind is not Probe
 
 
-def _keep(trainer: EditTrainer, finding: Finding, n_edits: int) -> None:
+def keep_finding(trainer: EditTrainer, finding: Finding, n_edits: int) -> None:
     """Write its files; the notes last."""
     if finding.rows:
         write_csv(trainer.run.path / f"{finding.name}.csv", finding.rows)

@@ -1,4 +1,4 @@
-"""Commands of the trainer that stream no edits: a plan, key statistics, the scaling run, EAC's γ, a look inside."""
+"""Commands of the trainer that stream no edits: a plan, key statistics, the scaling run, EAC's γ, layers, a look inside."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from kedit_lightning.probes import Finding, Probe
 from kedit_lightning.probing import look
 from kedit_lightning.run import Record, RunDirectory
 from kedit_lightning.scaling import SEEDS, Scaling
+from kedit_lightning.suggesting import Suggestion
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer
@@ -164,6 +165,40 @@ class Studies(Trainer):
         search = GammaSearch(cast("EditTrainer", self), model, given(datamodule, "fit"), gammas, edits, tolerance)
         with interrupts_passed_on():
             return search.run(partial(super().fit, model, datamodule=datamodule))
+
+    def suggest(
+        self,
+        model: Editor,
+        datamodule: EditDataModule | None = None,
+        facts: int = 100,
+        edits: int = 20,
+        tried: int = 4,
+        seed: int = 0,
+    ) -> Path:
+        """Suggest where to edit a model that nobody has tuned, on facts that it knows.
+
+        ROME's protocol of causal tracing says which layers' MLPs bring the answer back at the subject's last token;
+        JEEP's contrast probe in which layers above them the answer comes up where it is predicted. ROME and TOP edit some
+        of the facts in the layers that the trace prefers, and TOP with some l_a each (its Fig. 5); the best harmonic
+        score of efficacy, generalization and both specificities counts. MEMIT, PMET, AlphaEdit and JEEP take the
+        run of layers that the trace prefers.
+
+        Args:
+            model: The editor; how many layers it edits stays as it is, which ones does not count.
+            datamodule: The facts, with target_true.
+            facts: How many facts are looked at, by chance; those that the model does not know are left out.
+            edits: How many of them are edited at every place that is tried, each by itself.
+            tried: How many places are tried, and with TOP how many l_a at each.
+            seed: Of the choice of facts.
+
+        Returns:
+            suggested.yaml in the run directory, for `kedit fit`; causal_trace_subject, contrast_final_norm and sweep
+            beside it are the evidence.
+        """
+        self._alone("suggest")
+        suggestion = Suggestion(cast("EditTrainer", self), model, given(datamodule, "fit"), facts, edits, tried, seed)
+        with interrupts_passed_on():
+            return suggestion.run(partial(super().fit, model, datamodule=datamodule))
 
     def probe(
         self, model: Editor, datamodule: EditDataModule | None = None, probe: Probe | None = None

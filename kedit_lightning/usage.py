@@ -14,6 +14,7 @@ TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
         "predict": "continue prompts before and after the edits (--delta)",
         "scale": "edit more and more facts at once, and draw how the scores change",
         "tune_gamma": "choose how far EAC compresses an editor's values",
+        "suggest": "suggest where to edit a model that nobody has tuned",
         "probe": "look inside a model and its edits: the analyses of the papers (--probe)",
         "statistics": "collect the key statistics that a configuration needs",
     }

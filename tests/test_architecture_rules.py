@@ -160,7 +160,7 @@ def test_updates_are_written_by_the_callback_and_by_whoever_applies_a_saved_delt
         for name, _ in calls(path)
         if re.fullmatch(r"(.*\.)?base\.write", name)
     }
-    applying = {"commands.py", "commits.py", "export.py", "remeasurement.py", "tasks/command.py"}
+    applying = {"commands.py", "commits.py", "export.py", "probes/drift.py", "remeasurement.py", "tasks/command.py"}
     assert found <= {"callbacks/weight_update.py", "trainer.py"} | applying
 
 

@@ -17,7 +17,7 @@ def markdown(header: Sequence[str], cells: Sequence[Sequence[str]], title: str, 
     <BLANKLINE>
     A note.
     """
-    lines = [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in (header, *cells)]
+    lines = ["|".join(["", *(f" {cell} " if cell else " " for cell in line), ""]) for line in (header, *cells)]
     return "\n".join([title, "", lines[0], "|---" * len(header) + "|", *lines[1:], "", note, ""])
 
 

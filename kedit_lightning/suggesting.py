@@ -1,0 +1,244 @@
+"""The `suggest` command: where to edit a model that nobody has tuned, and why there."""
+
+from __future__ import annotations
+
+import random
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.text import Text
+
+from kedit_lightning.callbacks.console import Console
+from kedit_lightning.callbacks.figures import INK, SCORES, STYLE, band, blank, headline
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.editors import JEEP, MEMIT, RETS, ROME, TOP, Editor
+from kedit_lightning.edits import Edit, Site
+from kedit_lightning.errors import KeditError
+from kedit_lightning.lines import Record
+from kedit_lightning.measurement import Measurement
+from kedit_lightning.metrics.functional import harmonic_mean
+from kedit_lightning.models.progress import steps
+from kedit_lightning.places import Place, listed, ranked, spaced, steepest
+from kedit_lightning.probes import CausalTrace, ContrastProbe, Finding, Study
+from kedit_lightning.probes.base import Probe, usable
+from kedit_lightning.probes.tracing import answered
+from kedit_lightning.probing import keep_finding, table
+from kedit_lightning.run import CONFIG
+from kedit_lightning.single_edits import SingleEdits
+from kedit_lightning.writing import write_beside, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from kedit_lightning.trainer import EditTrainer
+
+SUGGESTED = "suggested.yaml"
+BLOCKS = ("seed_everything", "base", "model", "data", "trainer")
+"""What `kedit fit` takes of a configuration."""
+FOUR = ("efficacy", "generalization", "s_specificity", "r_specificity")
+
+
+class Suggestion:
+    """Looks where a model keeps its facts, tries what that suggests, and writes a configuration; see `Studies.suggest`.
+
+    Args:
+        trainer: The trainer.
+        editor: The editor; how many layers it edits stays as it is, which ones does not count.
+        datamodule: The facts.
+        facts: How many of them are traced, by chance.
+        edits: How many of those that the model knows are edited in the sweep.
+        tried: How many places, and of TOP how many l_a at each, are tried in the sweep.
+        seed: Of the choices.
+
+    Raises:
+        KeditError: A number is below 1, or the editor edits no MLP for what is read at the subject's last token.
+    """
+
+    def __init__(
+        self, trainer: EditTrainer, editor: Editor, datamodule: EditDataModule, facts: int, edits: int, tried: int,
+        seed: int,
+    ) -> None:  # fmt: skip
+        if min(facts, edits, tried) < 1:
+            msg = f"suggest: expected at least one fact, edit and place to try, got {facts}, {edits}, {tried}"
+            raise KeditError(msg)
+        if not isinstance(editor, ROME | MEMIT | JEEP) or isinstance(editor, RETS):
+            msg = f"suggest: expected ROME, TOP, MEMIT, PMET, AlphaEdit or JEEP, got {type(editor).__name__}"
+            raise KeditError(msg)
+        self.trainer, self.editor, self.datamodule, self.base = trainer, editor, datamodule, editor.base
+        self.facts, self.edits, self.tried, self.seed = facts, edits, tried, seed
+        self.why: list[str] = []
+
+    def run(self, fit: Callable[[], None]) -> Path:
+        """Look, try, and write.
+
+        Args:
+            fit: Runs one `Trainer.fit`.
+
+        Returns:
+            The configuration that was written.
+        """
+        trainer, editor = self.trainer, self.editor
+        rounds = self.tried ** (1 + isinstance(editor, TOP)) if isinstance(editor, ROME) else 0
+        trainer.tell("on_stream_start", editor, rounds * self.edits)
+        self.base.to(trainer.strategy.root_device)
+        self.singles = SingleEdits(trainer, editor, self.datamodule, fit)
+        with closing(trainer.edit_logger):
+            editor.restore()
+            known = self._known()
+            place, *others = self._places(Study(editor, known, self.singles))
+            if others:
+                place = self._sweep(
+                    [place, *others], random.Random(self.seed).sample(known, min(self.edits, len(known)))
+                )
+            path = self._write(place)
+        self._say(*self.why, f"{path}: {place.settings}")
+        return path
+
+    # ------------------------------------------------------------------ looking
+
+    def _known(self) -> list[Edit]:
+        """The facts that the model knows."""
+        sample = Study(self.editor, self.datamodule.edits, self.singles).sample(self.facts, self.seed)
+        knows = answered(self.base, sample, [-1] * len(sample), "target_true")
+        known = usable(sample, knows, "the model's next token to be the whole target_true")
+        self.why.append(f"{len(known)} of {len(sample)} facts were used: those that the model knows (its likeliest next "
+                        "token is the whole target_true)")  # fmt: skip
+        return known
+
+    def _places(self, study: Study) -> list[Place]:
+        """What the probes suggest; the first is what they suggest most, and for ROME and TOP there are others to try."""
+        editor, layers = self.editor, self.base.num_layers
+        high = len(editor.layers_high) if isinstance(editor, JEEP) else 0
+        above = high or isinstance(editor, TOP)
+        width = len(editor.layers) - high
+        window = max(1, layers // 5)  # the papers' 10 of GPT2-XL's 48
+        n = len(study.edits)
+        trace = CausalTrace(n, corrupt=["subject"], parts=["mlp"], windows=[window], cases=0, seed=self.seed)
+        effects = {row["layer"]: row for row in self._look(trace, study) if row["token"] == "ls"}
+        runs = ranked([effects[layer]["mean"] for layer in range(layers)], width, layers - 1 - above)
+        if not runs:
+            msg = f"suggest: expected a model of more than {width + above - 1} layers, got {layers}; edit fewer layers"
+            raise KeditError(msg)
+        first = ", ".join(f"{row['mean']:.3f} ± {row['ci95']:.3f}" for row in (effects[layer] for layer in runs[0]))
+        self.why.append(
+            f"layers {listed(runs[0])}: what their MLPs put out at the subject's last token brings back most of the "
+            f"answer, an indirect effect of {first} (causal_trace_subject)"
+        )
+        if isinstance(editor, TOP):
+            return [
+                Place(run, l_a) for run in runs[: self.tried] for l_a in spaced(run[-1] + 1, layers - 1, self.tried)
+            ]
+        if isinstance(editor, ROME):
+            return [Place(run) for run in runs[: self.tried]]
+        if not high:
+            return [Place(runs[0])]
+        contrast = self._look(ContrastProbe(seed=self.seed, final_norm=True, known=False), study)
+        p = [row["original_probability"] for row in contrast if row["position"] == "prediction"]
+        best = steepest(p, high, runs[0][-1])
+        self.why.append(
+            f"high layers {listed(best)}: there the original answer's probability where it is predicted rises most, from "
+            f"{p[best[0]]:.3f} to {p[best[-1] + 1]:.3f} (contrast_final_norm)"
+        )
+        return [Place(runs[0], high=best)]
+
+    def _look(self, probe: Probe, study: Study) -> Sequence[Record]:
+        """The rows of a probe's finding, which is kept."""
+        (finding,) = probe.look(study)
+        keep_finding(self.trainer, finding, len(study.edits))
+        return finding.rows
+
+    # ------------------------------------------------------------------ trying
+
+    def _sweep(self, places: Sequence[Place], edits: Sequence[Edit]) -> Place:
+        """Edit the same facts at every place, each by itself; the place of the best score."""
+        measurement = Measurement(self.trainer, self.editor, self.datamodule)
+        measurement.evaluator.references(edits)
+        sites = sorted({Site(layer, "mlp") for place in places for layer in place.layers}, key=lambda site: site.layer)
+        self.editor.statistics.second_moments(self.base, sites)  # of all in one pass; found again later
+        rows: list[Record] = []
+        with steps("places") as step:
+            for place in places:
+                rows.append(self._measure(place, edits, measurement))
+                write_csv(self.trainer.run.path / "sweep.csv", rows)  # after an interrupt what there is
+                step(len(rows), len(places), "")
+        best = max(range(len(rows)), key=lambda i: rows[i]["score"])  # of equals the one that the trace prefers
+        missing = [name for name in FOUR if name not in rows[0]]
+        l_a = "" if places[best].l_a is None else f" with l_a {places[best].l_a}"
+        self.why.append(
+            f"layers {listed(places[best].layers)}{l_a}: of {len(places)} places tried on {len(edits)} facts, each edited "
+            f"by itself, the best harmonic score, {100 * rows[best]['score']:.1f} (sweep)"
+        )
+        self.why += [f"the records have no prompts for {', '.join(missing)}: not part of that score"] * bool(missing)
+        finding = Finding("sweep", rows, draw(rows), {"why": self.why})
+        keep_finding(self.trainer, finding, len(edits))
+        self._say(table(finding))
+        return places[best]
+
+    def _measure(self, place: Place, edits: Sequence[Edit], measurement: Measurement) -> Record:
+        """The scores of single edits at one place; one that is rejected counts as changing nothing."""
+        metrics = measurement.evaluator.new()
+        with place.taken(self.editor), self.singles.ready():
+            for block, owners in self.singles.blocks(edits):
+                measurement.evaluator.update(metrics, block, owners=owners, texts=False)
+        found = metrics.compute()
+        four = {name: found[name] for name in FOUR if name in found}
+        row: Record = {"layers": listed(place.layers), "l_a": place.l_a, "edits": len(edits)}
+        row["score"] = harmonic_mean([summary.mean for summary in four.values()])
+        row |= {name: summary.mean for name, summary in four.items()}
+        return row | {f"{name}_ci95": summary.ci95 for name, summary in four.items()}
+
+    # ------------------------------------------------------------------ writing
+
+    def _write(self, place: Place) -> Path:
+        """The run's configuration with other layers; without one (from Python) the layers alone."""
+        folder = self.trainer.run.path
+        config, path = folder / CONFIG, folder / SUGGESTED
+        given: Mapping[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        content = {name: given[name] for name in BLOCKS if name in given}
+        model = content.get("model", {})
+        content["model"] = {**model, "init_args": {**model.get("init_args", {}), **place.settings}}
+        head = [f"kedit fit --config {shlex.quote(str(path))}", "Layers by `kedit suggest`; evidence beside this file:"]
+        text = "".join(f"# {line}\n" for line in [*head, *self.why]) + yaml.safe_dump(content, sort_keys=False)
+        write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+        return path
+
+    def _say(self, *shown: Any) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Console):
+                callback.close()
+                for one in shown:
+                    callback.out.print(Text(one) if isinstance(one, str) else one, soft_wrap=True)
+
+
+def draw(rows: Sequence[Record]) -> Figure:
+    """The scores over the edited layers, or over l_a, a panel for each of the edited layers (TOP, Fig. 5)."""
+    from matplotlib import rc_context
+    from matplotlib.ticker import MaxNLocator
+
+    over_l_a = rows[0]["l_a"] is not None
+    panels = sorted({row["layers"] for row in rows}) if over_l_a else [""]
+    with rc_context(STYLE):
+        figure = blank(max(5.4, 3.6 * len(panels)), 4)
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, panel in zip(axes, panels, strict=True):
+            mine = [row for row in rows if row["layers"] == panel] if over_l_a else rows
+            place = {i: row["l_a"] if over_l_a else int(row["layers"].split(", ")[-1]) for i, row in enumerate(mine)}
+            for name, colour in zip((*FOUR, "score"), (*SCORES[:3], SCORES[4], INK), strict=True):
+                points = [
+                    {"edits": place[i], "mean": 100 * row[name], "ci95": 100 * row.get(f"{name}_ci95", 0.0)}
+                    for i, row in enumerate(mine)
+                    if name in row
+                ]
+                points.sort(key=lambda point: point["edits"])
+                band(axis, points, colour, "harmonic score" if name == "score" else name, ends=(0, 100))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_xlabel(f"l_a, layers {panel} edited" if over_l_a else "last edited layer")
+            axis.grid(axis="y", zorder=0)
+        axes[0].set_ylabel("score × 100")
+        axes[-1].legend(fontsize=8)
+        headline(figure, f"{rows[0]['edits']} single edits at every place")
+    return figure
