@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from kedit_lightning.errors import DataError
 
-Part = Literal["block", "attn", "mlp"]
-"""The output of a whole block, of its attention, or of its feed-forward part."""
+Part = Literal["block", "attn", "mlp", "mlp_in"]
+"""The output of a whole block, of its attention, of its feed-forward part, or of the first map of that part."""
 
 SLOT = "{}"
 """What stands for the subject in a prompt, and for the prompt in a context template."""
@@ -33,7 +33,7 @@ class Site:
 
     Attributes:
         layer: The layer, counted from 0.
-        part: The whole block, its attention or its feed-forward part.
+        part: The whole block, its attention, its feed-forward part or the first map of that.
     """
 
     layer: int

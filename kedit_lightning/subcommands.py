@@ -34,6 +34,10 @@ def run(command: str, args: list[str]) -> None:
         from kedit_lightning.almanac.pretrain import main as pretrain
 
         pretrain(args[1:])
+    elif command == "train_editor":
+        from kedit_lightning.hypernetworks.command import main as train_editor
+
+        train_editor(args[1:])
     elif command == "tasks":
         from kedit_lightning.tasks.command import main as tasks
 

@@ -32,6 +32,7 @@ OTHER_COMMANDS: Mapping[str, str] = MappingProxyType(
         "words": "build the word sets of facts that the contrast probe looks for (JEEP, Fig. 5)",
         "tables": "put the numbers that a paper prints beside those of runs",
         "tasks": "measure general abilities, and what an edited model keeps of them (--delta)",
+        "train_editor": "train the hypernetwork of an editor that learns to edit (MEND, MALMEN)",
         "pretrain": "train the almanac's model from scratch",
     }
 )
@@ -40,5 +41,5 @@ OTHER_COMMANDS: Mapping[str, str] = MappingProxyType(
 def usage() -> str:
     """The commands, a line each."""
     both = {**TRAINER_COMMANDS, **OTHER_COMMANDS}
-    commands = "\n".join(f"  {name.replace('_', '-'):<12}{what}" for name, what in both.items())
+    commands = "\n".join(f"  {name.replace('_', '-'):<14}{what}" for name, what in both.items())
     return f"usage: kedit COMMAND …\n\n{commands}\n\n`kedit COMMAND --help` lists a command's options.\n"

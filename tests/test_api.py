@@ -215,7 +215,10 @@ def test_an_interrupt_is_an_interrupt(model: PreTrainedModel, words: PreTrainedT
 @pytest.mark.parametrize(
     ("words_of_error", "changes"),
     [
-        ("unknown editor 'ROMA'; there are FT, JEEP, MEMIT, PMET, RETS, ROME, TOP, AlphaEdit", {"editor": "ROMA"}),
+        (
+            "unknown editor 'ROMA'; there are FT, JEEP, MALMEN, MEMIT, MEND, PMET, RETS, ROME, TOP, AlphaEdit",
+            {"editor": "ROMA"},
+        ),
         ("unknown editor 'Editor'", {"editor": "Editor"}),
         ("ROME has no setting 'v_Ir'; did you mean v_lr", {"v_Ir": 0.1}),
         ("ROME has no setting 'zzz'; it has layers, v_num_grad_steps", {"zzz": 0.1}),

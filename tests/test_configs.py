@@ -15,15 +15,18 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from safetensors import safe_open
 
+from kedit_lightning import editors
 from kedit_lightning.callbacks.figures import Figures
 from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.models import LanguageModel
 from kedit_lightning.run import RunDirectory
 from tests.commandline import World, done, flat, jsonl, write
+from tests.editors.fitting import hypernetwork
 from tests.families import build, default_tokenizer, tokenizer
 
 ROOT = Path(__file__).parent.parent
 ALL = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
-RUNS = [name for name in ALL if not name.endswith("pretrain.yaml") and not re.search("/(experiments|tasks)/", name)]
+RUNS = [name for name in ALL if not re.search("pretrain.yaml|/(experiments|tasks|hypernetworks)/", name)]
 ALONE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
 
 # ---------------------------------------------------------------------- numbers, typed from spec/editors.md, section 3
@@ -138,6 +141,13 @@ EAC = {  # of the editor's own configuration what EAC changes: γ on CounterFact
     "memit_llama3-8b": (95, 95, 1e-3),
     "memit_llama2-13b": (95, 95, 1e-3),  # not published, proposed as LLaMA-3-8B
 }
+MEND = {"gpt2-xl": ("gpt2-xl", [45, 46, 47]), "gptj": ("EleutherAI/gpt-j-6B", [25, 26, 27])}
+MALMEN = {
+    "gpt2-xl": ("gpt2-xl", [42, 43, 44, 45, 46, 47]),
+    "gptj": ("EleutherAI/gpt-j-6B", [22, 23, 24, 25, 26, 27]),
+    "llama-7b": ("huggyllama/llama-7b", [26, 27, 28, 29, 30, 31]),
+}
+LEARNED = {"mend": MEND, "malmen": MALMEN}
 MODELS: dict[str, dict[str, Any]] = {
     "rome": ROME,
     "top": TOP,
@@ -146,6 +156,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "pmet": PMET,
     "alphaedit": ALPHAEDIT,
     "jeep": JEEP,
+    **LEARNED,
     **{
         kind: {name.removeprefix(f"{kind}_"): FT[name] for name in FT if re.match(rf"{kind}_(?!l_|wd_|elastic_)", name)}
         for kind in ("ft", "ft_l", "ft_wd", "ft_elastic")
@@ -188,6 +199,8 @@ ABLATIONS = {  # JEEP, Table 4; the eighth row is JEEP itself
 NOT_PUBLISHED = ("ft_l_qwen2.5-14b", "rome_llama2-13b", "rome_qwen2.5-14b", "memit_llama2-13b", "memit_qwen2.5-14b")
 NOT_PUBLISHED += ("rets_qwen2.5-14b",)
 PROPOSED = {f"configs/{name}.yaml" for name in (*NOT_PUBLISHED, *(f"{editor}_almanac" for editor in MODELS))}
+PROPOSED -= {"configs/mend_almanac.yaml", "configs/malmen_almanac.yaml"}  # all of it is the hypernetwork's
+PROPOSED |= {f"configs/hypernetworks/{name}.yaml" for name in ("mend_almanac", "malmen_almanac", "malmen_gpt2-xl")}
 PROPOSED |= {f"configs/eac_{editor}_{name}.yaml" for editor in ("rome", "memit") for name in ("almanac", "llama2-13b")}
 PROPOSED |= {f"configs/eac_{editor}_llama2-13b_zsre.yaml" for editor in ("rome", "memit")}
 PROPOSED |= {f"configs/experiments/{name}_almanac.yaml" for name in ("jeep_scaling", "eac_norm", "eac_ft")}
@@ -223,6 +236,7 @@ def test_there_is_a_configuration_for_every_row() -> None:
     rows = {f"{editor}_{name}" for editor, models in MODELS.items() for name in (*models, "almanac")}
     eac = {f"eac_{name}{data}" for name in EAC for data in ("", "_zsre")} | {"eac_rome_almanac", "eac_memit_almanac"}
     assert stems(".") == rows | eac
+    assert stems("hypernetworks") == {f"{kind}_{name}" for kind in LEARNED for name in (*LEARNED[kind], "almanac")}
     assert stems("data") == set(DATA_SETS)
     assert stems("released") == set(RELEASED)
     assert stems("ablations") == set(ABLATIONS)
@@ -404,6 +418,65 @@ def test_ft(name: str) -> None:
     assert config["data"] == data[name.endswith("_zsre")]
 
 
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in LEARNED for name in LEARNED[kind]])
+def test_learned(kind: str, name: str) -> None:
+    model, layers = LEARNED[kind][name]
+    trained, edits = load(f"configs/hypernetworks/{kind}_{name}.yaml"), load(f"configs/{kind}_{name}.yaml")
+    folder = f"lightning_logs/hypernetwork_{kind}_{name}"
+    assert trained["base"]["name"] == edits["base"]["name"] == model
+    assert trained["model"]["class_path"] == f"{edits['model']['class_path']}Training" == f"{kind.upper()}Training"
+    mend = {"step_size": 1e-4, "tokens": "all", "lr": 1e-6, "step_lr": 1e-4, "edit_weight": 0.1, "clip": 100}
+    mend |= {"parts": ["mlp_in", "mlp"], "accumulate": 10}
+    malmen = {"step_size": 1e-6, "tokens": "answer", "lr": 1e-5, "step_lr": 1e-5, "edit_weight": 1, "clip": 1}
+    malmen |= {"parts": ["mlp"], "accumulate": 1}
+    own = {"layers": layers, "rank": 1920, "n_blocks": 2, "locality_weight": 1}
+    assert trained["model"]["init_args"] == own | (mend if kind == "mend" else malmen)
+    assert trained["data"]["batch_size"] == (1 if kind == "mend" else 512)
+    assert trained["data"]["options"] == {"target": "alt" if kind == "mend" else "answers"}
+    logger = trained["trainer"]["logger"]["init_args"]
+    assert f"{logger['save_dir']}/{logger['name']}" == edits["model"]["init_args"].pop("hypernetwork") == folder
+    assert edits["model"]["init_args"] == ({"lr_scale": 1} if kind == "mend" else {})
+    assert edits["data"] == MASS
+
+
+@pytest.mark.parametrize("name", sorted(stems("hypernetworks")))
+def test_every_hypernetwork_is_trained_by_its_configuration(deep: Deep, name: str, tmp_path: Path) -> None:
+    """One step, on fewer layers and a small rank."""
+    content = load(f"configs/hypernetworks/{name}.yaml")
+    data = content["data"]["dataset"] if content["data"]["dataset"] != "almanac" else "jsonl"
+    overrides = {
+        "base.name": deep.deep,
+        "base.dtype": "float32",
+        "model.init_args.layers": "[1, 2]",
+        "model.init_args.rank": 2,
+        "model.init_args.accumulate": 1,
+        "data.dataset": data,
+        "data.path": deep.path[data],
+        "data.options": "{}" if data == "jsonl" else json.dumps(content["data"]["options"]),
+        "data.batch_size": 1,
+        "data.validation": 1,
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.enable_progress_bar": "false",
+        "trainer.accelerator": "cpu",
+        "trainer.logger.init_args.save_dir": tmp_path,
+    }
+    config = ROOT / f"configs/hypernetworks/{name}.yaml"
+    done("train-editor", "--config", config, *(f"--{key}={value}" for key, value in overrides.items()))
+    logger = content["trainer"]["logger"]["init_args"]["name"]
+    assert (tmp_path / logger / "version_0" / "hypernetwork.safetensors").is_file()
+
+
+@pytest.mark.parametrize("editor", ["mend", "malmen"])
+def test_the_almanac_is_edited_by_its_hypernetworks(editor: str) -> None:
+    """With facts of subjects that no hypernetwork was trained on."""
+    trained, edits = load(f"configs/hypernetworks/{editor}_almanac.yaml"), load(f"configs/{editor}_almanac.yaml")
+    logger = trained["trainer"]["logger"]["init_args"]
+    assert edits["model"]["init_args"] == {"hypernetwork": f"{logger['save_dir']}/{logger['name']}"}
+    assert edits["data"] == {"dataset": "almanac", "stop": 100, "batch_size": 100, "restore_every": None}
+    assert trained["data"]["options"]["skip_subjects"] >= edits["data"]["stop"]
+
+
 @pytest.mark.parametrize("editor", ["memit", "pmet", "alphaedit", "jeep"])
 def test_the_almanac_is_edited_a_hundred_at_once(editor: str) -> None:
     config = load(f"configs/{editor}_almanac.yaml")
@@ -443,7 +516,8 @@ def experiment(name: str) -> str:
 def test_the_first_line_is_the_command(name: str) -> None:
     command = text(name).splitlines()[0]
     kedit, method, *args = shlex.split(command.removeprefix("# "))
-    folder = {"tasks": "tasks", "experiments": experiment(name)}.get(Path(name).parent.name, "fit")
+    folders = {"tasks": "tasks", "experiments": experiment(name), "hypernetworks": "train-editor"}
+    folder = folders.get(Path(name).parent.name, "fit")
     assert (kedit, method) == ("kedit", "pretrain" if name.endswith("pretrain.yaml") else folder)
     assert args[::2] == ["--config"] * (len(args) // 2)
     assert args[-1] == name
@@ -512,6 +586,11 @@ class Deep(World):
             "jsonl": jsonl(folder / "edits.jsonl", [flat(1), flat(0)]),
         }
 
+    def hypernetwork(self, editor: str, dtype: Any) -> Path:
+        """One that edits layers 1 and 2 of the model."""
+        base = LanguageModel(str(self.deep), dtype)
+        return hypernetwork(self.folder / f"{editor}-{dtype}", getattr(editors, editor).kind, base, (1, 2))
+
     @staticmethod
     def nested(i: int) -> dict[str, Any]:
         from tests.families import EDITS
@@ -531,6 +610,8 @@ def stage_layers(editor: str, settings: dict[str, Any]) -> list[int]:
     """The layers of an edit's stages."""
     if settings.get("compress"):  # each stage twice
         return [layer for layer in stage_layers(editor, settings | {"compress": None}) for _ in range(2)]
+    if editor in ("MEND", "MALMEN"):
+        return [2]
     if editor == "FT":
         return settings["layers"][-1:] * (2 if "elastic_net" in settings else 1)
     if editor in ("ROME", "RETS", "TOP"):
@@ -545,6 +626,8 @@ def stage_layers(editor: str, settings: dict[str, Any]) -> list[int]:
 
 def written(editor: str, settings: dict[str, Any]) -> set[tuple[int, str]]:
     """The weights that are edited, as layer and part."""
+    if editor in ("MEND", "MALMEN"):
+        return {(1, "mlp"), (2, "mlp")}
     if editor != "JEEP":
         parts = ("mlp", "attn") if editor == "FT" and settings["rewrite"] == "block" else ("mlp",)
         return {(layer, part) for layer in settings["layers"] for part in parts}
@@ -581,7 +664,9 @@ def small(deep: Deep, name: str) -> tuple[list[str], dict[str, Any], dict[str, A
         "trainer.evaluation.generation": "false",
         "trainer.evaluate": str("/data/" in name).lower(),  # once on each form of data
     }
-    if editor == "FT":
+    if "hypernetwork" in settings:
+        overrides["model.init_args.hypernetwork"] = deep.hypernetwork(editor, content["base"]["dtype"])
+    elif editor == "FT":
         overrides["model.init_args.num_steps"] = 2
         overrides |= {"model.init_args.elastic_net.num_steps": 1} if "elastic_net" in settings else {}
     else:

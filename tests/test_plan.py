@@ -20,7 +20,7 @@ from kedit_lightning.plan import DISK, Moments, Need, Plan, Rows
 from kedit_lightning.plan_table import table
 from kedit_lightning.planning import plan
 from tests.commandline import World, done, kedit
-from tests.editors.fitting import EDITORS, TEMPLATES, VALUES, bits, fit, make, same, trainer, untouched
+from tests.editors.fitting import EDITORS, LEARNED, TEMPLATES, VALUES, bits, fit, make, same, trainer, untouched
 from tests.families import EDITS, tiny_base
 from tests.test_trainer import data
 
@@ -103,7 +103,12 @@ def test_a_plan_is_what_a_fit_leaves(name: str, batch_size: int, restore_every: 
 
     run = fit(editor, THREE, tmp_path / "after", **stream).run
     sizes = [tensor_bytes(file) for file in sorted((run.path / "deltas").iterdir())]
-    assert (list(found.commits), found.merged) == (sizes, tensor_bytes(run.path / "delta.safetensors"))
+    merged = tensor_bytes(run.path / "delta.safetensors")
+    if name in LEARNED:  # of a rank of the edits' tokens, which nobody has read yet
+        assert (len(found.commits), found.merged) >= (len(sizes), merged)
+        assert all(most >= size for most, size in zip(found.commits, sizes, strict=True))
+    else:
+        assert (list(found.commits), found.merged) == (sizes, merged)
     stages = [stage for record in run.records()[:1] for stage in record["stages"]]
     assert [(step.stage, step.layer) for step in found.steps] == [(stage["stage"], stage["layer"]) for stage in stages]
     assert all(step.steps >= stage["steps"] for step, stage in zip(found.steps, stages, strict=True))

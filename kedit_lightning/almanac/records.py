@@ -13,7 +13,11 @@ _MOST = 10
 
 
 def records(
-    n: int | None = None, facts_per_subject: int = 1, seed: int = 0, world: World | None = None
+    n: int | None = None,
+    facts_per_subject: int = 1,
+    seed: int = 0,
+    world: World | None = None,
+    skip_subjects: int = 0,
 ) -> list[dict[str, Any]]:
     """Counterfactual edits of the almanac's facts.
 
@@ -28,22 +32,27 @@ def records(
             together, so that a cut after `n` leaves at most one subject incomplete.
         seed: Seed of the choice of facts, new objects and prompts.
         world: The world; that of seed 0, which the shipped model knows, by default.
+        skip_subjects: Leave out the first so many subjects; their order is the seed's alone.
 
     Returns:
         The records; ``case_id`` is the position.
 
     Raises:
-        ValueError: If `n` or `facts_per_subject` is not positive or `n` exceeds the number of records there are.
+        ValueError: If `skip_subjects` is negative, `n` or `facts_per_subject` is not positive, or `n`
+            exceeds the number of records there are.
     """
     world = world or World()
     if facts_per_subject < 1 or (n is not None and n < 1):
         msg = f"Expected positive n and facts_per_subject, but got n={n} and facts_per_subject={facts_per_subject}."
         raise ValueError(msg)
+    if not 0 <= skip_subjects < len(world.subjects):
+        msg = f"Expected skip_subjects from 0 to {len(world.subjects) - 1}, but got {skip_subjects}."
+        raise ValueError(msg)
     rng = random.Random(seed)
     subjects = list(world.subjects)
     rng.shuffle(subjects)
     chosen: list[Fact] = []
-    for subject in subjects:
+    for subject in subjects[skip_subjects:]:
         facts = list(world.facts_of(subject))
         chosen += rng.sample(facts, min(facts_per_subject, len(facts)))
     if n is not None and n > len(chosen):

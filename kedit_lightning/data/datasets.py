@@ -157,17 +157,22 @@ def almanac(
     on_bad_record: OnBadRecord = "raise",
     facts_per_subject: int = 1,
     seed: int = 0,
+    skip_subjects: int = 0,
 ) -> list[Edit]:
-    """Edits of the embedded world, generated; up to `facts_per_subject` facts of one subject, chosen by `seed`."""
+    """Edits of the embedded world, generated; up to `facts_per_subject` facts of one subject, chosen by `seed`.
+
+    With one seed the order of the subjects is one, so that what `skip_subjects` leaves is disjoint from the first so
+    many edits with one fact a subject: facts to train on, and others to edit.
+    """
     if path is not None:
         msg = f"the almanac is generated and takes no path, got {str(path)!r}; leave it out"
         raise DataError(msg)
     from kedit_lightning import almanac as world
 
     try:
-        found = world.records(n=size, facts_per_subject=facts_per_subject, seed=seed)
+        found = world.records(n=size, facts_per_subject=facts_per_subject, seed=seed, skip_subjects=skip_subjects)
     except ValueError as error:
-        msg = f"almanac, size or options.facts_per_subject: {error}"
+        msg = f"almanac, size, options.facts_per_subject or options.skip_subjects: {error}"
         raise DataError(msg) from error
     return _collect("almanac", numbered(found), edit_from_record, size, on_bad_record)
 

@@ -86,7 +86,7 @@ def own_values(base: LanguageModel, part: EditBatch, tokens: Mapping[Site, Token
     rows = part.bare_rows.select(mine.to(part.edit.device))
     at = {site: rows.at[token] for site, token in tokens.items()}
     widths = {site: base.weight(Site(site.layer, "mlp")).shape[0] for site in at}
-    found = base.read(rows, at) if len(rows) else _nothing(base, widths)
+    found = base.read(rows, at) if len(rows) and at else _nothing(base, widths)
     return {
         site: values.new_zeros(len(part), values.shape[1]).index_copy(0, mine.to(values.device), values)
         for site, values in found.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -152,26 +152,29 @@ class LanguageModel(EditableWeights):
         return layer
 
     def module(self, site: Site) -> nn.Module:
-        """The block, attention or MLP whose output a site names."""
+        """The block, attention, MLP or up-projection whose output a site names."""
+        if site.part == "mlp_in":
+            return self.linear(site)
         block: nn.Module = self.layers[self.check_layer(site.layer)]
         paths = {"block": "", "attn": self.architecture.attn, "mlp": self.architecture.mlp}
         return block.get_submodule(paths[site.part])
 
     def linear(self, site: Site) -> nn.Module:
-        """The linear map whose output is the site's: the down-projection or the attention's output projection.
+        """The linear map whose output is the site's: down- or up-projection, or the attention's output projection.
 
         Raises:
             ModelError: There is none, or it is no plain linear map (quantised, or experts).
         """
-        paths = {"attn": self.architecture.attn_out, "mlp": self.architecture.mlp_out}
-        if site.part not in paths:
-            msg = f"expected a site with a weight (attn or mlp), got {site.part}"
+        if not (path := self._path(site)):
+            msg = f"expected a site with a weight (attn, mlp or mlp_in), got {site.part}"
+            if site.part == "mlp_in":
+                msg = "base.architecture.mlp_in: expected the path of the MLP's up-projection from a block, got none"
             raise ModelError(msg)
         block: nn.Module = self.layers[self.check_layer(site.layer)]
-        linear = block.get_submodule(paths[site.part])
+        linear = block.get_submodule(path)
         if not isinstance(linear, (nn.Linear, Conv1D)) or linear.weight.dtype not in _FLOATS:
             msg = (
-                f"expected a plain linear map at {paths[site.part]} of layer {site.layer}, got "
+                f"expected a plain linear map at {path} of layer {site.layer}, got "
                 f"{type(linear).__name__}: quantised and mixture-of-experts weights cannot be edited"
             )
             raise ModelError(msg)
@@ -179,8 +182,12 @@ class LanguageModel(EditableWeights):
 
     def name(self, site: Site) -> str:
         """Name of the site's weight matrix among the model's parameters."""
-        part = self.architecture.mlp_out if site.part == "mlp" else self.architecture.attn_out
-        return f"{self.architecture.layers}.{site.layer}.{part}.weight"
+        return f"{self.architecture.layers}.{site.layer}.{self._path(site)}.weight"
+
+    def _path(self, site: Site) -> str:
+        """Path of the site's linear map from a block; empty where it has none."""
+        own = self.architecture
+        return {"attn": own.attn_out, "mlp": own.mlp_out, "mlp_in": own.mlp_in}.get(site.part, "")
 
     def weight(self, site: Site | str) -> Tensor:
         """View of a weight matrix in math orientation, shape ``(out, in)``; by its site or by its name."""
@@ -305,6 +312,33 @@ class LanguageModel(EditableWeights):
             for site in sites:
                 hook = self.module(site).register_forward_hook(
                     lambda _, __, output, site=site: keep(site, _hidden(output))
+                )
+                stack.callback(hook.remove)
+            yield found
+
+    @contextmanager
+    def factors(self, sites: Sequence[Site], b: int) -> Iterator[dict[Site, tuple[Tensor, Tensor]]]:
+        """Keep what the gradients of weight matrices are made of during the forward passes inside the context.
+
+        Args:
+            sites: Sites with a weight matrix.
+            b: Rows of the passes.
+
+        Yields:
+            A dictionary that each forward pass fills: for each site the keys, shape ``(b, t, k)``, and zeros that were
+            added to what the linear map puts out, ``(b, t, d)``: a backward pass leaves its gradient in their ``grad``.
+        """
+        found: dict[Site, tuple[Tensor, Tensor]] = {}
+
+        def keep(site: Site, key: Tensor, output: Tensor) -> Tensor:
+            zeros = torch.zeros_like(_by_row(output, b), requires_grad=True)
+            found[site] = _by_row(key, b).detach(), zeros
+            return output + zeros.view_as(output)
+
+        with ExitStack() as stack:
+            for site in sites:
+                hook = self.linear(site).register_forward_hook(
+                    lambda _, args, output, site=site: keep(site, args[0], output)
                 )
                 stack.callback(hook.remove)
             yield found

@@ -193,7 +193,7 @@ def test_almanac_hands_its_options_on(monkeypatch):
 
     monkeypatch.setattr(almanac, "records", records, raising=False)
     assert load("almanac", size=3, facts_per_subject=2, seed=5)[0].text == "Ann is a"
-    assert asked == {"n": 3, "facts_per_subject": 2, "seed": 5}
+    assert asked == {"n": 3, "facts_per_subject": 2, "seed": 5, "skip_subjects": 0}
 
 
 class TestInline:

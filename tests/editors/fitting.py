@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,11 @@ from kedit_lightning.callbacks import EditCallback
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.editors import Editor, Stage
-from kedit_lightning.edits import Edit
+from kedit_lightning.editors.learned import LearnedEditor
+from kedit_lightning.edits import Edit, Part
+from kedit_lightning.hypernetworks.files import FILE, Purpose, save, shapes
+from kedit_lightning.hypernetworks.mend import MENDNetwork
+from kedit_lightning.hypernetworks.network import Factors, Hypernetwork
 from kedit_lightning.metrics import Evaluator
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.trainer import EditTrainer
@@ -28,7 +33,9 @@ EDITORS = tuple(
     if inspect.isclass(one) and issubclass(one, Editor) and not inspect.isabstract(one)
 )
 """Names of all editors; one that is added is tested the moment it exists."""
-VALUES = tuple(name for name in EDITORS if name != "FT")
+LEARNED = tuple(name for name in EDITORS if issubclass(getattr(editors, name), LearnedEditor))
+"""Those that edit with a hypernetwork."""
+VALUES = tuple(name for name in EDITORS if name != "FT" and name not in LEARNED)
 """Those that optimise a value an edit; FT trains weights."""
 
 STEPS = 6
@@ -53,6 +60,8 @@ def make(name: str, base: LanguageModel, layers: Sequence[int] = (1,), **setting
 
     JEEP edits the layer above the given ones as its high layer; a clamp is given to both its regions.
     """
+    if name in LEARNED:
+        return learned(name, base, layers)
     small = {"mom2_adjustment": False, "context_templates": TEMPLATES, **SETTINGS.get(name, BATCH)}
     if name not in VALUES:
         small = SETTINGS[name]
@@ -64,6 +73,35 @@ def make(name: str, base: LanguageModel, layers: Sequence[int] = (1,), **setting
             settings |= {"clamp_norm_factor_low": clamp, "clamp_norm_factor_high": clamp}
     editor: Editor = getattr(editors, name)(base, **{**small, **where, **settings})
     return editor
+
+
+def learned(name: str, base: LanguageModel, layers: Sequence[int], parts: Sequence[Part] = ("mlp",)) -> Editor:
+    """An editor with a random hypernetwork that says it was trained on this model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = hypernetwork(Path(folder), getattr(editors, name).kind, base, layers, parts)
+        editor: Editor = getattr(editors, name)(base, str(path))
+    return editor
+
+
+def hypernetwork(
+    folder: Path,
+    kind: type[Hypernetwork],
+    base: LanguageModel,
+    layers: Sequence[int],
+    parts: Sequence[Part] = ("mlp",),
+    steps: int = 1,
+) -> Path:
+    """A file of a random hypernetwork whose updates are large enough to be seen."""
+    purpose = Purpose.on(base, list(layers), list(parts), "all" if kind is MENDNetwork else "answer", steps)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = kind(shapes(base, purpose.sites), 4, 2, 0.01)
+        for parameter in network.parameters():
+            parameter.data += 0.01 * parameter.abs().clamp(min=0.1) * torch.randn_like(parameter)
+        for key, (d, k) in network.shapes.items():
+            network.observe(key, Factors(torch.randn(9, k), torch.randn(9, d)))
+    save(folder / FILE, network, purpose)
+    return folder / FILE
 
 
 class Kept(EditCallback):

@@ -26,6 +26,7 @@ from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.editors import Editor
 from kedit_lightning.editors.compression import Compression
 from kedit_lightning.editors.ft import ElasticNet
+from kedit_lightning.editors.learned import LearnedEditor
 from kedit_lightning.editors.tuning import WeightTraining
 from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.errors import DataError, KeditError, RejectedError
@@ -74,6 +75,8 @@ CASES = {
     "PMET": Case("PMET", EDITS[:3], said=True),
     "EAC": Case("ROME", EDITS[:2], {"compress": EAC}),
     "EAC of TOP": Case("TOP", EDITS[:2], {"compress": replace(EAC, gamma=50.0, kl_reference="start")}),
+    "MEND": Case("MEND", EDITS[:4]),
+    "MALMEN": Case("MALMEN", EDITS[:2]),
     "FT": Case("FT", EDITS[:4], {"batch_size": 3, "stop": 4.4}),
     "FT, held": Case("FT", EDITS[:2], {"elastic_net": ElasticNet(num_steps=3, elastic_l1=1e-4)}),
 }
@@ -146,6 +149,8 @@ def outcome(editor: Editor) -> dict[str, Tensor]:
     """All that a fit finds: values or weights, how each stage went, keys and values of the model."""
     if isinstance(editor, WeightTraining):
         found = {tuned.name: tuned.value for tuned in editor.tuned}
+    elif isinstance(editor, LearnedEditor):
+        found = {f"delta {update.name}": update.update for update in editor.write()}
     else:
         found = {f"delta {i}": delta.delta for i, delta in enumerate(editor._deltas)}
         found |= {f"origin {i}": delta.origin for i, delta in enumerate(editor._deltas)}

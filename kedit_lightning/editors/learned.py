@@ -1,0 +1,184 @@
+"""Editors that have learned to edit: a hypernetwork turns keys and gradients of the edits into weight updates."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, device
+
+from kedit_lightning import objectives
+from kedit_lightning.data.prompts import ContextTemplates
+from kedit_lightning.delta import WeightDelta
+from kedit_lightning.editors.base import Editor
+from kedit_lightning.editors.stages import Loss, Stage
+from kedit_lightning.edits import Edit, Site
+from kedit_lightning.errors import KeditError, RejectedError
+from kedit_lightning.hypernetworks import files
+from kedit_lightning.hypernetworks.capture import Capture, counted, without_zeros
+from kedit_lightning.hypernetworks.network import Factors, Hypernetwork
+from kedit_lightning.models import LanguageModel
+from kedit_lightning.models.devices import free_memory
+from kedit_lightning.models.processes import share, summed
+
+
+class LearnedEditor(Editor):
+    """An editor whose only step is one forward and backward pass over the edits, and whose update a network gives.
+
+    `locate`: nothing. `stages`: the answers' loss, evaluated once; keys and gradients of the edited matrices are kept.
+    `write`: what the hypernetwork makes of them, for each matrix. They are read in the bare prompts on the model as it
+    stands before the batch, and kept in main memory, ``4 (d + k)`` bytes a token and matrix.
+
+    Args:
+        base: The frozen base model.
+        hypernetwork: The file that `kedit train-editor` leaves, its folder, or that of its versions (the newest).
+        scale: Factor of the update.
+        max_tokens: As in `Editor`.
+
+    Raises:
+        KeditError: The hypernetwork cannot be used with this model.
+    """
+
+    kind: ClassVar[type[Hypernetwork]]
+    """The hypernetwork that it edits with."""
+    lacks = {"compress": "a hypernetwork optimises no value that could be compressed"}  # noqa: RUF012
+    """By setting of other editors why this one does not take it."""
+
+    def __init__(self, base: LanguageModel, hypernetwork: str, *, scale: float, max_tokens: int | None) -> None:
+        network, self.purpose, self.checksum = files.load(Path(hypernetwork), base, self.kind)
+        bare = ContextTemplates(templates=[["{}"]])
+        super().__init__(
+            base, self.purpose.layers, mom2_adjustment=False, context_templates=bare, max_tokens=max_tokens
+        )
+        self.hypernetwork, self.scale = network, scale
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its own settings as plain data, and which hypernetwork it is."""
+        own = inspect.signature(type(self).__init__).parameters
+        found = {key: value for key, value in super().config.items() if key in own}
+        return found | {"hypernetwork_sha256": self.checksum}
+
+    def sites(self) -> list[Site]:
+        """The matrices that the hypernetwork edits."""
+        return self.purpose.sites
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Nothing is trained: the hypernetwork takes no gradient."""
+        return torch.optim.SGD(self.hypernetwork.parameters(), lr=0.0)
+
+    # ------------------------------------------------------------------ the stage
+
+    def begin(self, edits: Sequence[Edit], pass_: int = 0) -> None:
+        """Get ready for one edit batch.
+
+        Raises:
+            KeditError: There are more edits than memory for their keys and gradients.
+        """
+        super().begin(edits, pass_)
+        self.lengths = torch.zeros(len(edits), dtype=torch.long)
+        for part in self.parts:
+            self.lengths[part.index] = counted(part.bare_rows, self.purpose.tokens).sum(dim=1)
+        self.found: dict[int, dict[Site, Factors]] = {}
+        needed, free = self._bytes(int(self.lengths.sum())), free_memory(device("cpu"))
+        if needed > free:
+            msg = (
+                f"{len(edits):,} edits together need about {needed / 2**30:.1f} GiB for keys and gradients of "
+                f"{int(self.lengths.sum()):,} tokens, {free / 2**30:.1f} GiB are free: set data.batch_size to at most "
+                f"{max(1, len(edits) * free // needed):,}"
+            )
+            raise KeditError(msg)
+
+    def locate(self) -> None:
+        """No value is optimised."""
+
+    def stages(self) -> Iterator[Stage]:
+        """The loss of the answers, once; its gradients are kept, and no parameter is there that they could move."""
+        never = lambda loss: torch.zeros_like(loss.total, dtype=torch.bool)  # noqa: E731
+        yield Stage("gradient", (), self._answers, 1, never, observe=self._keep, updates_last=True)
+
+    def _answers(self) -> Callable[[], Loss]:
+        m = len(self.batch)
+        mine = share(m).to(self.batch.edit.device)
+        rows = self.batch.bare_rows.select(mine)
+
+        def loss() -> Loss:
+            self._capture = Capture(self.base, rows, self.sites(), self.purpose.tokens)
+            nll, missed = self._capture.forward()
+            values = nll, (-nll.detach()).exp(), missed
+            of_edits = [objectives.sum_over_rows(value.to(mine.device), mine, m) for value in values]
+            return Loss({"nll": of_edits[0]}, *of_edits[1:])
+
+        return loss
+
+    def _keep(self, _: Tensor) -> None:
+        """Take the factors of this process's edits; one evaluation is all there is, so the stage has converged."""
+        self.outcome.converged[self.batch.index] = True
+        places = self.batch.index[share(len(self.batch))].tolist()
+        lengths = self.lengths[places].tolist()
+        for site, factors in self._capture.factors().items() if places else ():
+            split = zip(places, *(torch.split(each.cpu(), lengths) for each in factors), strict=True)
+            for place, keys, grads in split:
+                self.found.setdefault(place, {})[site] = Factors(keys, grads)
+        del self._capture
+
+    def check_values(self) -> None:
+        """Refuse edits with gradients that are not finite.
+
+        Raises:
+            RejectedError: There are such edits.
+        """
+        super().check_values()
+        broken = torch.zeros(len(self.edits))
+        for place, found in self.found.items():
+            broken[place] = not all(part.isfinite().all() for factors in found.values() for part in factors)
+        why = "its gradient is not finite; load the model in float32 or bfloat16"
+        if places := summed(broken).nonzero()[:, 0].tolist():
+            raise RejectedError({i: f"case {self.edits[i].case_id}: {why}" for i in places})
+
+    # ------------------------------------------------------------------ what comes of it
+
+    def factors(self, site: Site, edits: slice) -> Factors:
+        """Keys and gradients of some edits at a matrix, from all processes; tokens that add nothing are left out."""
+        d, k = self.base.weight(site).shape
+        each = []
+        for place in range(len(self.edits))[edits]:
+            length = int(self.lengths[place])
+            none = {site: Factors(torch.zeros(length, k), torch.zeros(length, d))}
+            each.append(self.found.get(place, none)[site])
+        return without_zeros(Factors(*(summed(torch.cat(parts)) for parts in zip(*each, strict=True))))
+
+    def write(self) -> Generator[WeightDelta, None, None]:
+        """The update of each matrix; all factors were read before the first is written."""
+        network = self.hypernetwork.to(self.base.device)
+        for site in self.sites():
+            name = self.base.name(site)
+            for edits in self.solved_together():
+                try:
+                    left, right = network.update(name, self.factors(site, edits))
+                except ValueError as error:
+                    raise self.unsolvable(edits.start, name, error) from error
+                yield WeightDelta.low_rank(name, self.scale * left, right, edit=edits.start)
+        self.found.clear()
+
+    def update_size(self, n: int) -> int:
+        """Bytes of updates of n edits at most: of a rank of their tokens, or dense."""
+        shapes = [self.base.weight(name).shape for name in self.names()]
+        return 4 * sum(min(LONG * n * (out + inner), out * inner) for out, inner in shapes)
+
+    def needs(self, n: int) -> dict[device, tuple[int, int]]:
+        """Factors in main memory, and the solve with one matrix."""
+        k = max(self.base.weight(site).shape[1] for site in self.sites())
+        return {device("cpu"): (8 * 3 * k * k, self._bytes(LONG))}
+
+    def _bytes(self, tokens: int) -> int:
+        """What factors of tokens take, with a copy of the largest matrix's."""
+        widths = [sum(self.base.weight(site).shape) for site in self.sites()]
+        return 4 * tokens * (sum(widths) + 3 * max(widths))
+
+
+LONG = 32
+"""Tokens of an edit, for what is estimated before any is read."""

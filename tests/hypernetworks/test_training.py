@@ -1,0 +1,369 @@
+"""Training a hypernetwork and editing with it: the real commands on tiny models, triples, files, bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kedit_lightning.data.datamodule import EditDataModule
+from kedit_lightning.editors import MALMEN, MEND
+from kedit_lightning.edits import Edit, Part, Site
+from kedit_lightning.errors import DataError, KeditError
+from kedit_lightning.hypernetworks.capture import Capture
+from kedit_lightning.hypernetworks.data import Triple, TripleData, answers_of, complete
+from kedit_lightning.hypernetworks.files import FILE
+from kedit_lightning.hypernetworks.malmen import MALMENNetwork
+from kedit_lightning.hypernetworks.mend import MENDNetwork
+from kedit_lightning.hypernetworks.training import HypernetworkTraining, MALMENTraining, MENDTraining
+from kedit_lightning.models import collate
+from kedit_lightning.run import RunDirectory
+from tests.commandline import done, jsonl, kedit, write
+from tests.editors.fitting import bits, fit, hypernetwork, learned, relative, same, untouched
+from tests.families import EDITS, save_tiny, tiny_base
+
+TRIPLES = [edit for edit in EDITS if edit.paraphrase_prompts and answers_of(edit)]
+SMALL: dict[str, Any] = {"rank": 4, "max_tokens": 64}
+
+
+def triples(edits: Sequence[Edit] = TRIPLES) -> list[Triple]:
+    return [Triple(edit, edit.paraphrase_prompts[0], *answers_of(edit)[0]) for edit in edits]
+
+
+def training(kind: type[HypernetworkTraining], family: str = "gpt2", **settings: Any) -> HypernetworkTraining:
+    torch.manual_seed(0)
+    made = kind(tiny_base(family), [1, 2], **(SMALL | {"step_size": 0.01} | settings))
+    made.budget = settings.get("max_tokens", 64)
+    return made
+
+
+# ---------------------------------------------------------------------- what is captured
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_factors_make_the_gradients_of_the_weights(family: str) -> None:
+    """Σ g kᵀ is what autograd says of W itself; all tokens, up- and down-projection."""
+    base, parts = tiny_base(family), ("mlp_in", "mlp", "attn")
+    before = bits(base)
+    sites = [Site(layer, part) for layer in (1, 2) for part in parts]  # type: ignore[arg-type]
+    rows = collate([base.encode(edit.text, edit.target_new) for edit in EDITS[:3]])
+    capture = Capture(base, rows, sites, "all")
+    nll = capture.forward()[0]
+    nll.sum().backward()
+    assert untouched(base)
+    assert same(base, before)
+    weights = {base.name(site): base.weight(site).clone().requires_grad_() for site in sites}
+    line, position = torch.nonzero(rows.labels >= 0, as_tuple=True)
+    log_p = base.logits(rows, (line, position), weights).log_softmax(dim=-1)
+    losses = -log_p.gather(1, rows.labels[line, position][:, None])[:, 0]
+    wanted = torch.stack([losses[line == i].mean() for i in range(3)])
+    assert torch.allclose(nll, wanted, atol=1e-5)
+    wanted.sum().backward()
+    for site, (keys, grads) in capture.factors().items():
+        gradient = weights[base.name(site)].grad
+        assert gradient is not None
+        assert float((grads.T @ keys - gradient).norm() / gradient.norm()) < 1e-4, site
+    answer = Capture(base, rows, sites, "answer")
+    answer.forward()[0].sum().backward()
+    assert len(answer.factors()[sites[0]].keys) == int((rows.labels >= 0).sum()) < len(keys)
+
+
+# ---------------------------------------------------------------------- a training step
+
+
+@pytest.mark.parametrize("kind", [MENDTraining, MALMENTraining])
+def test_a_steps_gradient_is_that_of_its_loss(kind: type[HypernetworkTraining]) -> None:
+    """Through the language model too: the step size's, and along a direction of all parameters."""
+    module = training(kind, tokens="all")
+    module.base.model.double()
+    module.network.double()
+    batch = triples()
+    factors = {
+        name: type(f)(*(part.double() for part in f)) for name, f in module.factors([t.edit for t in batch]).items()
+    }
+    for name, each in factors.items():
+        module.network.observe(name, each)
+
+    def weights() -> dict[str, Tensor]:
+        made = {}
+        for name, each in factors.items():
+            left, right = module.network.update(name, each)
+            made[name] = (module.base.weight(name).double() + left @ right.T).requires_grad_()
+        return made
+
+    for block in module.network.networks.modules():
+        if hasattr(block, "up"):
+            block.up.data += 0.01 * torch.randn_like(block.up)
+    edited = weights()
+    module.measure(batch, edited, backward=True)
+    for name, each in factors.items():
+        gradient = edited[name].grad
+        assert gradient is not None
+        module.network.backward(name, each, gradient)
+    parameters = [p for p in module.network.parameters() if p.grad is not None]
+    generator = torch.Generator().manual_seed(1)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) * p.abs().clamp(min=1e-3) for p in parameters]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, direction, strict=True) if p.grad is not None)
+    found = []
+    for sign in (1, -1):
+        for p, d in zip(parameters, direction, strict=True):
+            p.data += sign * 1e-4 * d
+        found.append(module.measure(batch, weights(), backward=True)["loss"])
+        for p, d in zip(parameters, direction, strict=True):
+            p.data -= sign * 1e-4 * d
+    assert slope == pytest.approx((found[0] - found[1]) / 2e-4, rel=2e-2)
+    assert abs(slope) > 1e-4
+
+
+def test_how_rows_are_shared_out_does_not_matter() -> None:
+    found = []
+    for budget in (1, 1000):
+        module = training(MALMENTraining, max_tokens=budget)
+        factors = module.factors([edit for edit in TRIPLES])
+        keys = torch.cat([each.keys.T @ each.keys for each in factors.values()])
+        weights = {name: module.base.master(name).clone().requires_grad_() for name in factors}
+        losses = module.measure(triples(), weights, backward=True)
+        grads = torch.cat([weight.grad.flatten() for weight in weights.values() if weight.grad is not None])
+        found.append((keys, grads, losses))
+    assert relative(found[0][0], found[1][0]) < 1e-5
+    assert float((found[0][1] - found[1][1]).norm() / found[1][1].norm()) < 1e-5
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-5)
+    assert found[0][2]["kl"] == pytest.approx(0, abs=1e-6), "nothing is edited yet"
+
+
+# ---------------------------------------------------------------------- editing
+
+
+@pytest.mark.parametrize("name", ["MEND", "MALMEN"])
+def test_the_update_is_the_closed_form_of_what_was_captured(name: str, tmp_path: Path) -> None:
+    base, parts = tiny_base("gptj"), ("mlp_in", "mlp")
+    editor = learned(name, base, (1, 2), parts)
+    run = fit(editor, EDITS[:3], tmp_path, batch_size=3).run
+    base.restore()
+    network, tokens = editor.hypernetwork, editor.purpose.tokens  # type: ignore[attr-defined]
+    capture = Capture(base, collate([base.encode(e.text, e.target_new) for e in EDITS[:3]]), editor.sites(), tokens)
+    capture.forward()[0].sum().backward()
+    for delta, (site, factors) in zip(run.commits()[0][1], capture.factors().items(), strict=True):
+        left, right = network.update(base.name(site), factors)
+        wanted = left @ right.T
+        assert float((delta.update - wanted).norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["MEND", "MALMEN"])
+def test_parts_and_edits_side_by_side_are_the_same(name: str, tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    whole = fit(learned(name, base, (1, 2)), EDITS[:4], tmp_path / "whole", batch_size=4).run.commits()[0][1]
+    editor = learned(name, base, (1, 2))
+    editor.max_tokens = 1
+    parts = fit(editor, EDITS[:4], tmp_path / "parts", batch_size=4).run.commits()[0][1]
+    for one, other in zip(whole, parts, strict=True):
+        assert float((one.update - other.update).norm() / one.update.norm()) < 1e-4
+    single = {"batch_size": 1, "restore_every": 1}
+    alone = fit(learned(name, base, (1, 2)), EDITS[:3], tmp_path / "alone", parallel_edits=1, **single).run.commits()
+    beside = fit(learned(name, base, (1, 2)), EDITS[:3], tmp_path / "beside", parallel_edits=3, **single).run.commits()
+    for (_, one, _), (_, other, _) in zip(alone, beside, strict=True):
+        for left, right in zip(one, other, strict=True):
+            assert float((left.update - right.update).norm() / left.update.norm()) < 1e-4
+
+
+def test_more_edits_than_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = learned("MALMEN", tiny_base("gpt2"), (1,))
+    monkeypatch.setattr("kedit_lightning.editors.learned.free_memory", lambda _: 1000)
+    with pytest.raises(KeditError, match=r"3 edits together need about .* set data.batch_size to at most 1"):
+        fit(editor, EDITS[:3], tmp_path, batch_size=3)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# ---------------------------------------------------------------------- the commands
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", "MEND"), ("gptj", "MALMEN"), ("llama", "MALMEN")])
+def test_train_and_edit(family: str, kind: str, tmp_path: Path) -> None:
+    base, records = (
+        save_tiny(family, tmp_path / "base"),
+        jsonl(tmp_path / "e.jsonl", [e.as_record() for e in TRIPLES * 2]),
+    )
+    config = write(
+        tmp_path / "train.yaml",
+        {
+            "base": {"name": str(base)},
+            "model": {"class_path": f"{kind}Training", "init_args": {"layers": [1, 2], **SMALL, "accumulate": 1}},
+            "data": {"dataset": "jsonl", "path": str(records), "batch_size": 3, "validation": 3},
+            "trainer": {
+                "max_steps": 2,
+                "val_check_interval": 1,
+                "accelerator": "cpu",
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": str(tmp_path), "name": "trained", "default_hp_metric": False},
+                },
+            },
+        },
+    )
+    folder = tmp_path / "trained" / "version_0"
+    assert done("train-editor", "--config", config).out.startswith(str(folder / FILE))
+    assert list(folder.glob("events.out.tfevents*"))
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)  # no pickled objects
+    assert checkpoint["global_step"] == 2
+    assert all(name.startswith("network.") for name in checkpoint["state_dict"])
+    done(
+        "train-editor",
+        "--config",
+        config,
+        "--trainer.max_steps",
+        3,
+        "--ckpt_path",
+        folder / "checkpoints" / "last.ckpt",
+    )
+
+    edit = {"base": {"name": str(base)}, "data": {"edits": [e.as_record() for e in EDITS[:2]], "batch_size": 2}}
+    edit["model"] = {"class_path": kind, "init_args": {"hypernetwork": str(tmp_path / "trained")}}  # the newest
+    edit["trainer"] = {"save_dir": str(tmp_path), "enable_progress_bar": False, "evaluation": {"generation": False}}
+    done("fit", "--config", write(tmp_path / "fit.yaml", edit))
+    run = RunDirectory(tmp_path / "edits" / "version_0")
+    assert [line["stages"][0]["converged"] for line in run.records()] == [True, True]
+    assert run.read_json("run.json")["model.hypernetwork_sha256"]
+    assert done("test", "--config", tmp_path / "fit.yaml", "--delta", run.path)
+
+
+def test_the_files_are_the_same_again(tmp_path: Path) -> None:
+    base = tiny_base("gpt2")
+    path = hypernetwork(tmp_path, MENDNetwork, base, (1,))
+    editor = MEND(base, str(tmp_path))
+    for name, tensor in editor.hypernetwork.state_dict().items():
+        assert torch.equal(tensor, load_file(path)[name])
+    assert not any(p.requires_grad for p in editor.hypernetwork.parameters())
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def bad(tmp_path: Path, what: str) -> tuple[type[MEND | MALMEN], Path]:
+    base = tiny_base("gpt2")
+    if what == "none":
+        return MEND, tmp_path / "nothing.safetensors"
+    if what == "kind":
+        return MALMEN, hypernetwork(tmp_path, MENDNetwork, base, (1,))
+    if what == "untrained":
+        return MALMEN, hypernetwork(tmp_path, MALMENNetwork, base, (1,), steps=0)
+    if what == "foreign":
+        return MALMEN, hypernetwork(tmp_path, MALMENNetwork, tiny_base("llama"), (1,))
+    if what == "other":
+        save_file({"a": torch.zeros(1)}, tmp_path / FILE)
+        return MEND, tmp_path / FILE
+    path = hypernetwork(tmp_path, MENDNetwork, base, (1,))
+    content = bytearray(path.read_bytes())
+    if what == "truncated":
+        path.write_bytes(content[:-20])
+    else:
+        content[-3] ^= 255
+        path.write_bytes(content)
+    return MEND, path
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("none", "no such hypernetwork; `kedit train-editor"),
+        ("kind", "expected a MALMENNetwork, got a MENDNetwork"),
+        ("untrained", "untrained; `kedit train-editor` trains one"),
+        ("foreign", "was trained on another model"),
+        ("other", r"format kedit-hypernetwork-1\), got a safetensors file of format none"),
+        ("truncated", "corrupt or of another kind"),
+        ("flipped", "the checksum does not fit"),
+    ],
+)
+def test_a_hypernetwork_that_does_not_fit_is_one_line(what: str, message: str, tmp_path: Path) -> None:
+    kind, path = bad(tmp_path, what)
+    with pytest.raises(KeditError, match=message) as raised:
+        kind(tiny_base("gpt2"), str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
+    base = save_tiny("gpt2", tmp_path / "base")
+    model = {"class_path": "MEND", "init_args": {"hypernetwork": str(tmp_path / "none")}}
+    config = write(tmp_path / "fit.yaml", {"base": {"name": str(base)}, "model": model})
+    result = kedit("fit", "--config", config, "--trainer.save_dir", tmp_path / "logs")
+    assert result.status == 1
+    assert result.err.count("\n") == 1
+    assert "no such hypernetwork" in result.err
+    assert not (tmp_path / "logs").exists()
+    result = kedit("fit", "--config", config, "--model.init_args.compress.gamma", 80)
+    assert result.status == 2
+    assert "optimises no value that could be compressed" in result.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parts": ("mlp_in", "mlp"), "networks": "all"}, "networks: expected matrices of one shape"),
+        ({"accumulate": 0}, "accumulate and max_tokens of at least 1"),
+        ({"lr": 0.0}, "expected positive numbers"),
+        ({"layers": [2, 1]}, "expected layers"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with(settings: dict[str, Any], message: str) -> None:
+    base = tiny_base("gpt2")
+    with pytest.raises(KeditError, match=message):
+        MALMENTraining(base, **({"layers": [1]} | settings))
+
+
+def test_an_architecture_without_its_up_projection() -> None:
+    from dataclasses import replace
+
+    base = tiny_base("gpt2")
+    base.architecture = replace(base.architecture, mlp_in="")
+    parts: tuple[Part, ...] = ("mlp_in",)
+    with pytest.raises(KeditError, match=r"base.architecture.mlp_in: expected the path"):
+        MALMENTraining(base, [1], parts=parts)
+
+
+# ---------------------------------------------------------------------- triples
+
+
+def test_records_without_paraphrase_or_unrelated_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(complete(EDITS, "skip")) == len(TRIPLES)
+    assert "left out 1 of 7 records" in caplog.text
+    with pytest.raises(DataError, match=r"case 6 has no paraphrase_prompts and no neighborhood_prompts with an answer"):
+        complete(EDITS, "raise")
+    with pytest.raises(DataError, match="none of 1 records"):
+        complete(EDITS[6:], "skip")
+    path = jsonl(tmp_path / "e.jsonl", [edit.as_record() for edit in EDITS])
+    with pytest.raises(DataError, match="at least 6 edits for validation and 1 for a step, got 6"):
+        TripleData("jsonl", str(path), validation=6, on_incomplete="skip").setup("fit")
+
+
+def test_zsre_is_triples(tmp_path: Path) -> None:
+    record = {
+        "subject": "Velora Quint", "src": "Where was Velora Quint born?", "rephrase": "Velora Quint's town is?",
+        "answers": ["Tessaro"], "alt": "Ulm", "loc": "nq question: who rings the bells", "loc_ans": "Tobin",
+    }  # fmt: skip
+    (tmp_path / "z.json").write_text(json.dumps([record] * 3))
+    data = TripleData("zsre", str(tmp_path / "z.json"), options={"target": "alt"}, validation=1)
+    data.setup("fit")
+    (triple,) = next(iter(data.train_dataloader()))
+    assert (triple.edit.target_new, triple.paraphrase) == ("Ulm", "Velora Quint's town is?")
+    assert (triple.unrelated, triple.answer) == ("nq question: who rings the bells?", "Tobin")
+
+
+def test_facts_to_train_on_are_disjoint_from_those_to_edit() -> None:
+    trained = TripleData(options={"skip_subjects": 1000, "facts_per_subject": 8}, validation=200)
+    edited = EditDataModule(stop=1000)
+    for data in (trained, edited):
+        data.setup("fit")
+    subjects = {edit.subject for edit in trained.edits}
+    assert len(edited.edits) == len(subjects) == 1000
+    assert not subjects & {edit.subject for edit in edited.edits}
+    validation = {edit.subject for edit in trained.edits[-200:]}
+    assert len(validation & {edit.subject for edit in trained.edits[:-200]}) <= 1
+    with pytest.raises(DataError, match="skip_subjects from 0 to 1999"):
+        TripleData(options={"skip_subjects": 5000}).setup("fit")
