@@ -147,17 +147,25 @@ class Small:
         """Three records in the form of a data set, whose present answers are the model's own next tokens."""
         base = LanguageModel(str(self.base(family)))
         found: list[dict[str, Any]] = []
-        for i in (0, 1, 4):
-            record = flat(i)
-            text = record["prompt"].replace("{}", record["subject"])
+        subjects = (
+            f"{a} {b}" for a in ("Velora", "Oskel", "Dario", "Tobin", "Lise", "Arden") for b in ("Quint", "Foss", "")
+        )
+        prompts = ((i, subject.strip()) for subject in subjects for i in (0, 1, 4))
+        while len(found) < 3:
+            i, subject = next(prompts)
+            record = flat(i) | {"subject": subject}
+            text = record["prompt"].replace("{}", subject)
             batch = collate([base.encode(text)])
             with torch.no_grad():
                 order = base.logits(batch)[0, -1].argsort(descending=True).tolist()
-            words = [word for token in order if (word := str(base.tokenizer.decode([token])).strip()).isalpha()]
-            old, new = [word for word in words if len(base.encode(text, word).targets) == 1][:2]
+            words = {token: str(base.tokenizer.decode([token])).strip() for token in order}
+            known = [word for token, word in words.items() if word and base.encode(text, word).targets == [token]]
+            if known[0] != words[order[0]]:
+                continue
+            old, new = known[:2]
             rewrite = {"prompt": record["prompt"], "subject": record["subject"], "relation_id": f"P{i}"}
             rewrite |= {"target_new": {"str": new, "id": "Q1"}, "target_true": {"str": old, "id": "Q2"}}
-            nested = {**EDITS[i].as_record(), "requested_rewrite": rewrite}
+            nested = {**EDITS[i].as_record(), "case_id": len(found), "requested_rewrite": rewrite}
             question = {"src": f"{text}?", "rephrase": f"Say: {text}?", "answers": [new], "alt": new}
             zsre = {"subject": record["subject"], **question, "loc": "nq question: who rings", "loc_ans": "Tobin"}
             found.append(zsre if dataset == "zsre" else nested)
@@ -265,7 +273,7 @@ def test_any_other_experiment_runs(small: Small, name: str) -> None:
     if method == "probe":  # an edit has to work for some of them
         wanted = yaml.safe_load(shipped.read_text())["model"]["init_args"]
         steps = {key: value for key, value in wanted.items() if key.startswith("v_num_grad_steps")}
-        first["model"]["init_args"] |= steps
+        first["model"]["init_args"] |= steps | ({"statistics": {"source": "identity"}} if family else {})
     data = first["data"] | content.get("data", {})
     first["data"] = small.data(data, family)
     first["trainer"] = {"evaluation": {"generation": False}, "enable_progress_bar": False, "save_dir": str(small.logs)}
@@ -291,5 +299,6 @@ def test_any_other_experiment_runs(small: Small, name: str) -> None:
     overlay = write(small.folder / f"{name}_1.yaml", content)
     done(method, "--config", config, "--config", overlay, *options)
     run_ = small.logs / content["trainer"]["name"] / "version_0"
+    run_ = max(run_.parent.iterdir())
     expected = {"probe": "*.csv", "scale": "scaling.csv", "predict": "predictions.jsonl"}[method]
     assert list(run_.glob(expected)), sorted(run_.iterdir())
