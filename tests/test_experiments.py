@@ -29,6 +29,7 @@ from tests.families import EDITS, FAMILY_CONFIGS, build, corpus, default_tokeniz
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = {path.stem: path for path in sorted((ROOT / "configs/experiments").glob("*.yaml"))}
 FAMILIES = {"gpt2-xl": "gpt2", "gpt-j": "gptj", "Qwen": "qwen2", "lama": "llama"}
+DEPTHS = {"gpt2": 48, "gptj": 28, "qwen2": 48, "llama": 40}
 ELSEWHERE = {  # figures whose twin has another name, or is that of another figure of the same kind
     "eac_performance_counterfact": "eac_performance",
     "eac_performance_llama2-13b": "eac_performance",
@@ -132,12 +133,12 @@ class Small:
 
     @cache  # noqa: B019 - as long as the tests of this module
     def base(self, family: str) -> Path:
-        """A model with every layer that is named, up to 47."""
-        place = self.folder / family
-        depth = {"n_layer": 48, "num_hidden_layers": 48}
-        settings = {k: depth.get(k, v) for k, v in FAMILY_CONFIGS[family].items()}
+        """A model with every layer that is named."""
+        place, depth = self.folder / family, DEPTHS[family]
+        depths = {"n_layer": depth, "num_hidden_layers": depth}
+        settings = {k: depths.get(k, v) for k, v in FAMILY_CONFIGS[family].items()}
         if "layer_types" in settings:
-            settings |= {"layer_types": ["full_attention"] * 48, "use_sliding_window": False}
+            settings |= {"layer_types": ["full_attention"] * depth, "use_sliding_window": False}
         build(family, initializer_range=0.1, **settings).save_pretrained(place)
         tokenizer(default_tokenizer(family)).save_pretrained(place)
         return place

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import suggest as benchmark
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
@@ -163,3 +164,16 @@ def test_the_rules() -> None:
     assert spaced(1, 10, 4) == [10, 7, 4, 1]
     assert Place((4, 5), l_a=9).settings == {"layers": [4, 5], "rel_feat_layer": [5, 4]}
     assert Place((3,)).settings == {"layers": [3]}
+
+
+def test_the_benchmark_compares_on_the_same_facts() -> None:
+    half, full = torch.tensor([[1.0, 1, 1, 0.25]] * 6), torch.ones(6, 4)
+    half[0, 1] = torch.nan  # a record without such prompts
+    assert benchmark.difference(full, full) == (0, 0, 0)
+    points = 100 * (1 - 4 / (3 + 1 / 0.25))
+    assert benchmark.difference(full, half) == pytest.approx((points, points, points), abs=1e-4)
+    base = tiny_base("gpt2")
+    assert len(benchmark.places(make("ROME", base))) == LAYERS
+    tops = benchmark.places(make("TOP", base, layers=[1], rel_feat_layer=1))
+    assert {(place.layers[0], place.l_a) for place in tops} == {(a, b) for b in range(LAYERS) for a in range(b)}
+    assert len(tops) == 6

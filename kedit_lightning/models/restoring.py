@@ -20,7 +20,7 @@ from kedit_lightning.models.encoding import Row, collate
 from kedit_lightning.models.language_model import LanguageModel
 from kedit_lightning.models.memory import token_budget
 from kedit_lightning.models.suffix import ELSEWHERE, GROUP_COSTS, similar
-from kedit_lightning.models.suffix_group import Kept, SuffixGroup, first_layer, keeping, unchanged
+from kedit_lightning.models.suffix_group import Kept, SuffixGroup, first_layer, hidden_of, keeping, unchanged
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class CorruptedRun:
         line = torch.arange(1, n + 1, device=device).repeat(len(first))
         suffix = _Suffix(self.base, self._rows.select(line), {site: at}, top, self._kept, line)
         rest: dict[Site, list[Cell]] = {}
-        for cell in sorted(set(cells) - set(first), key=lambda cell: cell.position):
+        for cell in (cell for cell in cells if cell not in first):
             rest.setdefault(Site(cell.last + 1, cell.part), []).append(cell)
         with keeping(self.base, {module for end in rest for module in unchanged(self.base, [end])}) as kept:
             scores = self._run(suffix, site, first, torch.arange(len(at), device=device))
@@ -153,8 +153,7 @@ class CorruptedRun:
 
     def _clean(self, site: Site) -> Tensor:
         """What a site puts out in the clean run, shape ``(t, d)``."""
-        output = self._kept.known[self.base.module(site)]
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden_of(self._kept.known[self.base.module(site)])
         return hidden.reshape(1 + self.copies, self.length, -1)[0]
 
     def _probabilities(self, logits: Tensor) -> Tensor:
@@ -168,6 +167,7 @@ class _Suffix(SuffixGroup):
     def begun(self, site: Site, kept: Kept) -> SuffixGroup:
         """The same from a site on, before which all is as it was kept when they ran."""
         some, below = copy(self), self.base.layers[: first_layer(site)]
-        some._known = {module: kept.known[module] for module in unchanged(self.base, [site])}
+        outputs = {module: kept.known[module] for module in unchanged(self.base, [site])}
+        some._known = {module: output for module, output in outputs.items() if hidden_of(output).ndim == 3}
         some._known |= {block: some._known[below[-1]] for block in below}
         return some

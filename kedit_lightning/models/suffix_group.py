@@ -102,7 +102,7 @@ class SuffixGroup(FullForward):
         self._known = {
             module: _map(kept.known[module], lambda x: some(x, after[..., None], 1))
             for module in unchanged(base, sites)
-            if _hidden(kept.known[module]).ndim == 3  # not OPT's MLP, which runs on flattened rows
+            if hidden_of(kept.known[module]).ndim == 3  # not OPT's MLP, which runs on flattened rows
         }
         layers: list[Any] = cache.layers[first:] if line is None else [copy(layer) for layer in cache.layers[first:]]
         for layer in layers:
@@ -200,7 +200,7 @@ def unchanged(base: LanguageModel, sites: Iterable[Site]) -> list[nn.Module]:
     return whole
 
 
-def _hidden(output: Output) -> Tensor:
+def hidden_of(output: Output) -> Tensor:
     """The hidden states of a module's output."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
@@ -230,7 +230,7 @@ def _only_at(module: nn.Module, at: Tensor, t: int) -> Iterator[None]:
         )
 
     def put(_: nn.Module, __: object, output: Output) -> Output:
-        hidden = _hidden(output)
+        hidden = hidden_of(output)
         if hidden.ndim < 3 or hidden.shape[1] == t:
             return output
         where = at[..., None].to(hidden.device).expand_as(hidden)
