@@ -21,6 +21,7 @@ from benchmarks.measuring import almanac_edits, shipped, trainer
 from kedit_lightning.data.prompts import ContextTemplates
 from kedit_lightning.edits import Edit, Site
 from kedit_lightning.metrics import Evaluation, Evaluator
+from kedit_lightning.metrics.questions import identity
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.single_edits import SingleEdits
 from kedit_lightning.writing import write_csv
@@ -52,6 +53,7 @@ class Ground:
     def __init__(self, base: str) -> None:
         self.base = LanguageModel(base)
         self.evaluator = Evaluator(self.base, Evaluation(generation=False))
+        self._referred: dict[int, Edit] = {}  # what the evaluator knows the unedited model's answers to
         self.templates = cache(lambda seed: ContextTemplates(templates=ContextTemplates("memit", seed=seed)(self.base)))
 
     def settings(self, layer: int, changes: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -64,7 +66,9 @@ class Ground:
     @contextmanager
     def singles(self, name: str, edits: Sequence[Edit], **settings: Any) -> Iterator[SingleEdits]:
         """What makes the edits of an editor side by side."""
-        self.evaluator.references(edits)
+        if unknown := [edit for edit in edits if self._referred.get(identity(edit)) != edit]:
+            self.evaluator.references(unknown)
+            self._referred |= {identity(edit): edit for edit in unknown}
         editor, data = shipped(name, self.base, **settings), almanac_edits(0, 1, restore_every=1)
         with tempfile.TemporaryDirectory() as folder:
             made = trainer(folder, evaluate=False)

@@ -139,7 +139,7 @@ class Small:
         settings = {k: depths.get(k, v) for k, v in FAMILY_CONFIGS[family].items()}
         if "layer_types" in settings:
             settings |= {"layer_types": ["full_attention"] * depth, "use_sliding_window": False}
-        build(family, initializer_range=0.1, **settings).save_pretrained(place)
+        build(family, initializer_range=0.2, **settings).save_pretrained(place)
         tokenizer(default_tokenizer(family)).save_pretrained(place)
         return place
 
@@ -274,7 +274,8 @@ def test_any_other_experiment_runs(small: Small, name: str) -> None:
     if method == "probe":  # an edit has to work for some of them
         wanted = yaml.safe_load(shipped.read_text())["model"]["init_args"]
         steps = {key: value for key, value in wanted.items() if key.startswith("v_num_grad_steps")}
-        first["model"]["init_args"] |= steps | ({"statistics": {"source": "identity"}} if family else {})
+        free = {"clamp_norm_factor": 40, "v_weight_decay": 0, "statistics": {"source": "identity"}}
+        first["model"]["init_args"] |= steps | {key: free[key] for key in free if family and key in wanted}
     data = first["data"] | content.get("data", {})
     first["data"] = small.data(data, family)
     first["trainer"] = {"evaluation": {"generation": False}, "enable_progress_bar": False, "save_dir": str(small.logs)}
@@ -293,6 +294,8 @@ def test_any_other_experiment_runs(small: Small, name: str) -> None:
             content["delta"] = run
         given |= {"run": run, "source": str(small.items), "task": "questions", "prompts": 6} if "run" in given else {}
         given |= {"runs": {label: [run] for label in given["runs"]}} if "runs" in given else {}
+    if "edits" in given:
+        given["edits"] = 3
     if "words" in given:
         given["words"] = str(write(small.folder / "words.json", json.dumps(small.words())))
     if method == "scale":

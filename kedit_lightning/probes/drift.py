@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,6 +164,8 @@ def draw(rows: Sequence[Record]) -> Figure:
             points = curve(runs, quantity)
             for i, label in enumerate(labels):
                 own = [row for row in points if row["label"] == label and (quantity == "drift" or row["mean"] > 0)]
+                if quantity == "update":  # intervals of single edits, over few runs, would hide the curves
+                    own = [row | {"ci95": math.nan} for row in own]
                 band(axis, own, palette[i % len(palette)], label, marker="")
             axis.set_yscale("linear" if quantity == "drift" else "log")
             axis.set_ylabel(name)
