@@ -57,6 +57,7 @@ GRID: Mapping[str, Sequence[dict[str, Any]]] = {
         {**LONG["TOP"], "l_a": -4},
         {**LONG["TOP"], "stop1": 0.5},
         {**LONG["TOP"], "stop1": 0.005},
+        {"stop1_probability": 0.99},
     ),
 }
 """``l_a``: the layer, counted from the last (-1)."""

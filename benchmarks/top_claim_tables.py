@@ -39,6 +39,13 @@ def points(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """Those of the layer that comes first, on the seeds that all of its settings have: points of the same facts."""
+    mine = [row for row in rows if str(row["layer"]) == str(rows[0]["layer"])]
+    seeds = [{str(row["seed"]) for row in runs} for _, runs in grouped(mine, "editor", "settings")]
+    return [row for row in mine if str(row["seed"]) in set.intersection(*seeds)]
+
+
 def best(
     found: Sequence[dict[str, Any]], editor: str, reached: str, specificity: str, least: float
 ) -> dict[str, Any] | None:
@@ -80,9 +87,8 @@ def alike(found: Sequence[dict[str, Any]], shared: Sequence[str]) -> list[str]:
 
 
 def tables(rows: Sequence[Row], pairs: Sequence[Row], sequence: Sequence[Row], shared: Sequence[str]) -> list[str]:
-    """All tables; the frontier is that of the layer that comes first."""
-    layer = str(rows[0]["layer"])
-    main = points([row for row in rows if str(row["layer"]) == layer])
+    """All tables; the frontiers are of runs that compare."""
+    main = points(comparable(rows))
     parts = []
     for (reached, specificity, label), how in zip(PANELS, ("pairwise", "exact"), strict=True):
         parts += [f"### Best {label} at each level of ES × GS, {how}", frontier(main, reached, specificity)]
@@ -98,7 +104,7 @@ def tables(rows: Sequence[Row], pairs: Sequence[Row], sequence: Sequence[Row], s
     lines = []
     for place, kind_rows in grouped(rows, "layer"):
         for kind, relations in KINDS:
-            found = points([row for row in kind_rows if row["kind"] == kind])
+            found = points([row for row in comparable(kind_rows) if row["kind"] == kind])
             tops = [best(found, editor, "reached", "R-spec", 90) for editor in EDITORS]
             texts = [f"{shown(one['R-spec'])} ({one['settings']})" if one else "none" for one in tops]
             lines.append([*place, kind, str(relations), *alike(found, shared), *texts])
@@ -130,12 +136,12 @@ def tables(rows: Sequence[Row], pairs: Sequence[Row], sequence: Sequence[Row], s
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Both trade-offs of the first layer, a point a setting, and each editor's frontier."""
+    """Both trade-offs, a point a setting of those that reach something, and each editor's frontier."""
     from matplotlib import rc_context
 
     from kedit_lightning.callbacks.figures import SCORES, STYLE, blank, headline
 
-    found = points([row for row in rows if str(row["layer"]) == str(rows[0]["layer"])])
+    found = points(comparable(rows))
     with rc_context(STYLE):
         figure = blank(11, 4.6)
         for axis, (reached, specificity, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
@@ -150,6 +156,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 "efficacy × generalization, %" + (" (the new answer is the likeliest)" if "exact" in reached else "")
             )
             axis.set_ylabel(f"{label}, %")
+            axis.set_xlim(60, 101)
             axis.grid(visible=True)
             axis.legend(loc="lower left")
         headline(figure, "What an edit reaches, and what it leaves of the subject's other relations")

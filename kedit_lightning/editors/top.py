@@ -44,7 +44,9 @@ class TOP(ROME):
         stop2: Stage 2 ends for an edit when its loss is below this.
         stop1_probability: In no paper: stage 1 ends for an edit when its target is at least this likely, in the mean
             over its rows, instead of by ``stop1``; null: by ``stop1``. The loss of ``stop1`` holds the weight decay,
-            which can keep it above the threshold long after the target is certain. SAID
+            which can keep it above the threshold long after the target is certain. Measured on 210 single edits of the
+            almanac, published constants: 0.99 raises relation specificity from 88.3 to 99.0 and the score of four from
+            96.2 to 99.1 (``benchmarks/top_open_questions.md``).
         preset: ``paper``, or ``released`` to follow the authors' code where it differs.
         context_templates: Texts put before the prompts.
         shared: ROME's solver settings, and the settings of every editor, see `Editor`; loss factors and the clamp hold

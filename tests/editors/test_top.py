@@ -219,11 +219,11 @@ def test_stage_1_can_end_by_the_targets_probability(tmp_path: Path) -> None:
     editor = begun(tiny_base("gpt2"), stop1_probability=0.5, stop2=0.5)
     loss = Loss({"any": torch.tensor([9.0, 9.0, 0.2])}, probability=torch.tensor([0.4, 0.5, 0.6]))
     assert [stage.stop(loss).tolist() for stage in editor.stages()] == [[False, True, True], [False, False, True]]
-    editor = top(tiny_base("gpt2"), stop1_probability=0.5, v_num_grad_steps1=40, clamp_norm_factor=20.0)
+    editor = top(tiny_base("gpt2"), rel_feat_layer=2, stop1_probability=3e-3, v_num_grad_steps1=20)
     fit(editor, EDITED, tmp_path, batch_size=3)
     first = editor.outcomes[0]
-    assert torch.equal(first.converged, first.probability >= 0.5)
-    assert first.converged.any()
+    assert torch.equal(first.converged, first.probability >= 3e-3)
+    assert first.converged.any(), first.probability
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.5])
