@@ -203,12 +203,12 @@ class Suggestion:
     # ------------------------------------------------------------------ writing
 
     def _write(self, place: Place) -> Path:
-        """The run's configuration with other layers; without one (from Python) the layers alone."""
+        """The run's configuration with other layers; without one (from Python) editor and layers."""
         folder = self.trainer.run.path
         config, path = folder / CONFIG, folder / SUGGESTED
         given: Mapping[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
         content = {name: given[name] for name in BLOCKS if name in given}
-        model = content.get("model", {})
+        model = content.get("model", {"class_path": type(self.editor).__name__})
         content["model"] = {**model, "init_args": {**model.get("init_args", {}), **place.settings}}
         head = [f"kedit fit --config {shlex.quote(str(path))}", "Layers by `kedit suggest`; evidence beside this file:"]
         text = "".join(f"# {line}\n" for line in [*head, *self.why]) + yaml.safe_dump(content, sort_keys=False)

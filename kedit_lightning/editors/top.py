@@ -88,7 +88,7 @@ class TOP(ROME):
             raise KeditError(msg)
         self.l_a = {layer: base.check_layer(layer + offset) for layer, offset in zip(layers, offsets, strict=True)}
         if stop1_probability is not None and not 0 < stop1_probability <= 1:
-            msg = f"stop1_probability: expected a probability above 0, or null, got {stop1_probability}"
+            msg = f"stop1_probability: expected a probability above 0, at most 1, or null, got {stop1_probability}"
             raise KeditError(msg)
         self.v_num_grad_steps1, self.vec_loss_factor = v_num_grad_steps1, vec_loss_factor
         self.stop1 = below(stop1) if stop1_probability is None else likely(stop1_probability)

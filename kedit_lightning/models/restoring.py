@@ -145,7 +145,8 @@ class CorruptedRun:
         with ExitStack() as stack:
             stack.enter_context(cut.adding({}))
             for layer in range(site.layer, int(last.max()) + 1):
-                clean = self._clean(Site(layer, site.part))[at]
+                clean = self._clean(Site(layer, site.part))
+                clean = clean[at.to(clean.device)]
                 rows = torch.nonzero(last >= layer)[:, 0]
                 stack.enter_context(self.base.add(Site(layer, site.part), torch.zeros_like(at), clean, instead=rows))
             found = self._probabilities(self.base.logits(cut.rows, at=read))

@@ -13,7 +13,7 @@ from kedit_lightning import delta as delta_files
 from kedit_lightning.callbacks.figures import OTHERS, SCORES, STYLE, band, blank, headline
 from kedit_lightning.curves import curve
 from kedit_lightning.delta import merge
-from kedit_lightning.errors import KeditError
+from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.progress import steps
@@ -81,6 +81,9 @@ def replay(base: LanguageModel, path: Path) -> Iterator[Record]:
     run = RunDirectory(newest(path, COMMITS))
     names = run.last_metadata()["fingerprint"]["names"]
     numbers = dict.fromkeys(line["commit"] for line in run.records() if line["commit"] is not None)
+    if not numbers:
+        msg = f"{run.path}: expected committed edits, found none"
+        raise DeltaError(msg)
     edits, group = 0, None
     base.restore()
     try:

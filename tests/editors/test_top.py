@@ -228,5 +228,5 @@ def test_stage_1_can_end_by_the_targets_probability(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 1.5])
 def test_a_probability_is_one(probability: float) -> None:
-    with pytest.raises(KeditError, match="stop1_probability: expected a probability above 0, or null"):
+    with pytest.raises(KeditError, match="stop1_probability: expected a probability above 0, at most 1, or null"):
         top(tiny_base("gpt2"), stop1_probability=probability)
