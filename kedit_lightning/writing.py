@@ -72,7 +72,7 @@ def locked(path: Path, taken: str) -> Iterator[None]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write records of equal keys as a table; numbers to six decimals, below 1 to six digits, empty where there is none (None, nan).
+    """Write records of equal keys as a table; numbers to six decimals, below 1 to six digits; None and nan are empty.
 
     Raises:
         KeditError: As `write_beside`.
