@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that help is quick and an interrupt finds `ma
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if not command.startswith("-"):
         args[0] = command = command.replace("-", "_")  # tune-gamma
     threading.excepthook = _thread_failed
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         if command in ("-h", "--help"):
             sys.stdout.write(usage())
@@ -81,6 +84,11 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """TensorBoard writes in a thread of its own; what it cannot write (a full disk) is raised again by its flush."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
+
+
+def _terminated(*_: object) -> NoReturn:
+    """A termination, of a batch system whose time is over for one, is an interrupt."""
+    raise KeyboardInterrupt
 
 
 def _interrupted(command: str) -> NoReturn:

@@ -98,6 +98,9 @@ def read(config: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
         raise KeditError(why)
     experiment: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
     experiment = _taken(config.parent, experiment)
+    if {"sweep", "variants"} <= set(experiment):
+        msg = f"{config}: expected variants or a sweep, got both"
+        raise KeditError(msg)
     if isinstance(experiment.get("variants"), dict):
         experiment["variants"] = {name: _taken(config.parent, one) for name, one in experiment["variants"].items()}
     if (other := experiment.pop("extends", None)) is not None:
@@ -122,6 +125,10 @@ def read(config: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
             raise KeditError(msg)
     if not any(experiment[block] for block in ("quantities", "paper", "scores")):
         msg = f"{config}: expected quantities, a paper's table or scores, got nothing to be made of the runs"
+        raise KeditError(msg)
+    swept = list(experiment["sweep"].values())
+    if len(swept) > 1 or any(not isinstance(values, list) or not values for values in swept):
+        msg = f"{config}: expected sweep to be one setting and a list of its values, got {experiment['sweep']}"
         raise KeditError(msg)
     for setting, values in experiment["sweep"].items():
         experiment["variants"] = {f"{value}": _nested(setting.split("."), value) for value in values}
@@ -165,6 +172,8 @@ def _extended(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, 
     """What a file says that takes over another: of quantities and variants its own alone, where it has some."""
     found: dict[str, Any] = _merged(parent, child)
     found["quantities"] = child.get("quantities", parent["quantities"])
+    if "sweep" in child:
+        found |= {"sweep": child["sweep"], "variants": {}}
     found = {name: block for name, block in found.items() if block or name in child}
     if isinstance(variants := child.get("variants"), dict):  # one that says nothing is the parent's of its name
         found["variants"] = {name: overlay or parent["variants"].get(name, {}) for name, overlay in variants.items()}

@@ -44,9 +44,11 @@ class Place:
     @contextmanager
     def taken(self, editor: Editor) -> Iterator[None]:
         """Let an editor work there for a while; it has to be prepared anew."""
-        there: dict[str, Any] = {"layers": list(self.layers)}
+        there: dict[str, Any] = {"layers": [*self.layers, *self.high]}
         if self.l_a is not None:
             there["l_a"] = dict.fromkeys(self.layers, self.l_a)
+        if self.high:
+            there |= {"layers_low": list(self.layers), "layers_high": list(self.high)}
         given = {name: getattr(editor, name) for name in there}
         vars(editor).update(there)
         try:

@@ -12,8 +12,8 @@ from rich.text import Text
 from kedit_lightning.plan import DISK, Plan
 
 CAPTION = (
-    "Times are of one step here, times the steps at most: stages may end early. Solving for the updates, callbacks and "
-    "figures come on top. Memory for a step is {} and that for measuring is not counted."
+    "Times are of one step here and now, times the steps at most: stages may end early. Starting, solving for the "
+    "updates, callbacks and figures come on top. Memory for a step is {} and that for measuring is not counted."
 )
 
 
@@ -81,19 +81,25 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "statistics", f"{moments.sites} of {moments.sites} are there"
     if plan.steps:
         each = "; ".join(f"{step.stage} {duration(step.seconds)} a step" for step in plan.steps)
-        yield "optimising", f"at most {duration(plan.optimising)}: {each}"
+        yield "optimising", f"{duration(plan.optimising)} with all steps: {each}"
     yield "measuring", f"about {duration(plan.measuring)}"
     total = sum(time for time in (plan.optimising, plan.measuring, plan.collecting) if not math.isnan(time))
     without = "" if not math.isnan(plan.optimising + plan.collecting) else " and what is unknown"
-    yield "in all", f"at most {duration(total)}{without}"
+    yield "in all", f"about {duration(total)}{without}"
 
 
 def _written(plan: Plan) -> Iterator[tuple[str, str]]:
     n, commits = sum(plan.batches), plan.commits
     yield "run directory", str(plan.run)
-    yield "deltas/", f"{len(commits):,} files of {size(max(commits))}, {size(sum(commits))} in all"
+    yield (
+        "deltas/",
+        f"{len(commits):,} files of {size(max(commits))} and some KiB of metadata, {size(sum(commits))} in all",
+    )
     yield "delta.safetensors", size(plan.merged)
-    yield "edits.jsonl", f"{n:,} lines, and as many of before.jsonl; metrics.json, TensorBoard's events, figures"
+    yield (
+        "edits.jsonl",
+        f"{n:,} lines, and as many of before.jsonl; metrics.json, TensorBoard's events, figures: some hundred KiB",
+    )
     yield DISK, f"{size(plan.needed(DISK))} of {size(plan.free[DISK])} free"
 
 

@@ -87,7 +87,8 @@ def read(run: Path) -> Report:
         raise KeditError(msg) from error
     missing = [key for key in ("editor", "edits", "protocol") if not isinstance(report, dict) or key not in report]
     if missing or not ("pre" in report or "post" in report):
-        msg = f"{path}: expected the results of a run, found no {missing[0] if missing else 'pre or post'}"
+        why = missing[0] if missing else "scores, as of one with trainer.evaluate false; see `kedit log`"
+        msg = f"{path}: expected the results of a run, found no {why}"
         raise KeditError(msg)
     found: Report = report
     return found

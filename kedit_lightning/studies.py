@@ -1,4 +1,4 @@
-"""Commands of the trainer that stream no edits: a plan, key statistics, the scaling run, EAC's γ, layers, a look inside."""
+"""Commands of the trainer that stream no edits: a plan, key statistics, scaling, EAC's γ, layers, a look inside."""
 
 from __future__ import annotations
 
@@ -177,11 +177,10 @@ class Studies(Trainer):
     ) -> Path:
         """Suggest where to edit a model that nobody has tuned, on facts that it knows.
 
-        ROME's protocol of causal tracing says which layers' MLPs bring the answer back at the subject's last token;
-        JEEP's contrast probe in which layers above them the answer comes up where it is predicted. ROME and TOP edit some
-        of the facts in the layers that the trace prefers, and TOP with some l_a each (its Fig. 5); the best harmonic
-        score of efficacy, generalization and both specificities counts. MEMIT, PMET, AlphaEdit and JEEP take the
-        run of layers that the trace prefers.
+        Causal tracing says which layers' MLPs bring the answer back at the subject's last token, and JEEP's contrast
+        probe in which layers above them it comes up where it is predicted. MEMIT, PMET, AlphaEdit and JEEP take that.
+        ROME and TOP edit some facts in each of the layers that the trace prefers, TOP with several l_a (its Fig. 5),
+        and take the best harmonic score of efficacy, generalization and both specificities.
 
         Args:
             model: The editor; how many layers it edits stays as it is, which ones does not count.

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from rich import box
+from rich.table import Table
 from rich.text import Text
 
 from kedit_lightning.callbacks.console import Console
@@ -20,13 +22,14 @@ from kedit_lightning.edits import Edit, Site
 from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
+from kedit_lightning.metrics import EditMetrics, Evaluator
 from kedit_lightning.metrics.functional import harmonic_mean
 from kedit_lightning.models.progress import steps
 from kedit_lightning.places import Place, listed, ranked, spaced, steepest
 from kedit_lightning.probes import CausalTrace, ContrastProbe, Finding, Study
 from kedit_lightning.probes.base import Probe, usable
 from kedit_lightning.probes.tracing import answered
-from kedit_lightning.probing import keep_finding, table
+from kedit_lightning.probing import keep_finding, text
 from kedit_lightning.run import CONFIG
 from kedit_lightning.single_edits import SingleEdits
 from kedit_lightning.writing import write_beside, write_csv
@@ -105,12 +108,14 @@ class Suggestion:
         sample = Study(self.editor, self.datamodule.edits, self.singles).sample(self.facts, self.seed)
         knows = answered(self.base, sample, [-1] * len(sample), "target_true")
         known = usable(sample, knows, "the model's next token to be the whole target_true")
-        self.why.append(f"{len(known)} of {len(sample)} facts were used: those that the model knows (its likeliest next "
-                        "token is the whole target_true)")  # fmt: skip
+        self.why.append(
+            f"{len(known)} of {len(sample)} facts were used: those that the model knows: its likeliest next token is "
+            "the whole target_true"
+        )
         return known
 
     def _places(self, study: Study) -> list[Place]:
-        """What the probes suggest; the first is what they suggest most, and for ROME and TOP there are others to try."""
+        """What the probes suggest, the likeliest first; only for ROME and TOP there are others to try."""
         editor, layers = self.editor, self.base.num_layers
         high = len(editor.layers_high) if isinstance(editor, JEEP) else 0
         above = high or isinstance(editor, TOP)
@@ -125,7 +130,7 @@ class Suggestion:
             raise KeditError(msg)
         first = ", ".join(f"{row['mean']:.3f} ± {row['ci95']:.3f}" for row in (effects[layer] for layer in runs[0]))
         self.why.append(
-            f"layers {listed(runs[0])}: what their MLPs put out at the subject's last token brings back most of the "
+            f"layers {list(runs[0])}: what their MLPs put out at the subject's last token brings back most of the "
             f"answer, an indirect effect of {first} (causal_trace_subject)"
         )
         if isinstance(editor, TOP):
@@ -140,8 +145,8 @@ class Suggestion:
         p = [row["original_probability"] for row in contrast if row["position"] == "prediction"]
         best = steepest(p, high, runs[0][-1])
         self.why.append(
-            f"high layers {listed(best)}: there the original answer's probability where it is predicted rises most, from "
-            f"{p[best[0]]:.3f} to {p[best[-1] + 1]:.3f} (contrast_final_norm)"
+            f"high layers {list(best)}: over them the original answer's probability at the prediction rises most, "
+            f"from {p[best[0]]:.3f} to {p[best[-1] + 1]:.3f} (contrast_final_norm)"
         )
         return [Place(runs[0], high=best)]
 
@@ -159,47 +164,51 @@ class Suggestion:
         measurement.evaluator.references(edits)
         sites = sorted({Site(layer, "mlp") for place in places for layer in place.layers}, key=lambda site: site.layer)
         self.editor.statistics.second_moments(self.base, sites)  # of all in one pass; found again later
-        rows: list[Record] = []
+        rows = list[Record]()
         with steps("places") as step:
             for place in places:
-                rows.append(self._measure(place, edits, measurement))
+                lines = self.lines(place, edits, measurement.evaluator)
+                rows.append(row_of(place, measurement.evaluator.collect(edits, lines)))
                 write_csv(self.trainer.run.path / "sweep.csv", rows)  # after an interrupt what there is
                 step(len(rows), len(places), "")
         best = max(range(len(rows)), key=lambda i: rows[i]["score"])  # of equals the one that the trace prefers
         missing = [name for name in FOUR if name not in rows[0]]
         l_a = "" if places[best].l_a is None else f" with l_a {places[best].l_a}"
         self.why.append(
-            f"layers {listed(places[best].layers)}{l_a}: of {len(places)} places tried on {len(edits)} facts, each edited "
-            f"by itself, the best harmonic score, {100 * rows[best]['score']:.1f} (sweep)"
+            f"layers {list(places[best].layers)}{l_a}: of {len(places)} places tried on {len(edits)} facts, each "
+            f"edited by itself, the best harmonic score, {100 * rows[best]['score']:.1f} (sweep)"
         )
         self.why += [f"the records have no prompts for {', '.join(missing)}: not part of that score"] * bool(missing)
-        finding = Finding("sweep", rows, draw(rows), {"why": self.why})
-        keep_finding(self.trainer, finding, len(edits))
-        self._say(table(finding))
+        keep_finding(self.trainer, Finding("sweep", rows, draw(rows), {"why": self.why}), len(edits))
+        self._say(table(rows, best))
         return places[best]
 
-    def _measure(self, place: Place, edits: Sequence[Edit], measurement: Measurement) -> Record:
-        """The scores of single edits at one place; one that is rejected counts as changing nothing."""
-        metrics = measurement.evaluator.new()
+    def lines(self, place: Place, edits: Sequence[Edit], evaluator: Evaluator) -> list[dict[str, float]]:
+        """Edit facts at a place, each by itself.
+
+        Args:
+            place: The place.
+            edits: The facts, whose references the evaluator holds.
+            evaluator: What measures them.
+
+        Returns:
+            A record an edit, as `Evaluator.update` gives it; one that was rejected counts as changing nothing.
+        """
+        lines, metrics = list[dict[str, float]](), evaluator.new()
         with place.taken(self.editor), self.singles.ready():
             for block, owners in self.singles.blocks(edits):
-                measurement.evaluator.update(metrics, block, owners=owners, texts=False)
-        found = metrics.compute()
-        four = {name: found[name] for name in FOUR if name in found}
-        row: Record = {"layers": listed(place.layers), "l_a": place.l_a, "edits": len(edits)}
-        row["score"] = harmonic_mean([summary.mean for summary in four.values()])
-        row |= {name: summary.mean for name, summary in four.items()}
-        return row | {f"{name}_ci95": summary.ci95 for name, summary in four.items()}
+                lines += evaluator.update(metrics, block, owners=owners, texts=False)
+        return lines
 
     # ------------------------------------------------------------------ writing
 
     def _write(self, place: Place) -> Path:
-        """The run's configuration with other layers; without one (from Python) the layers alone."""
+        """The run's configuration with other layers; without one (from Python) editor and layers."""
         folder = self.trainer.run.path
         config, path = folder / CONFIG, folder / SUGGESTED
         given: Mapping[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
         content = {name: given[name] for name in BLOCKS if name in given}
-        model = content.get("model", {})
+        model = content.get("model", {"class_path": type(self.editor).__name__})
         content["model"] = {**model, "init_args": {**model.get("init_args", {}), **place.settings}}
         head = [f"kedit fit --config {shlex.quote(str(path))}", "Layers by `kedit suggest`; evidence beside this file:"]
         text = "".join(f"# {line}\n" for line in [*head, *self.why]) + yaml.safe_dump(content, sort_keys=False)
@@ -212,6 +221,28 @@ class Suggestion:
                 callback.close()
                 for one in shown:
                     callback.out.print(Text(one) if isinstance(one, str) else one, soft_wrap=True)
+
+
+def row_of(place: Place, metrics: EditMetrics) -> Record:
+    """The four metrics of a place with their 95 % intervals, as far as the records have prompts, and their score."""
+    found = metrics.compute()
+    four = {name: found[name] for name in FOUR if name in found}
+    score = harmonic_mean([summary.mean for summary in four.values()])
+    row: Record = {"layers": listed(place.layers), "l_a": place.l_a, "score": score}
+    row |= {name: summary.mean for name, summary in four.items()}
+    return row | {"edits": found["efficacy"].n, **{f"{name}_ci95": one.ci95 for name, one in four.items()}}
+
+
+def table(rows: Sequence[Record], best: int) -> Table:
+    """The sweep in percent."""
+    shown = Table(title=f"{rows[0]['edits']} edits at every place", title_justify="left", box=box.HORIZONTALS)
+    names = [name for name in ("score", *FOUR) if name in rows[0]]
+    for name in ("layers", "l_a", *(name.replace("_", "-") for name in names)):
+        shown.add_column(name, justify="right")
+    for i, row in enumerate(rows):
+        scores = (f"{100 * row[name]:.1f}" for name in names)
+        shown.add_row(row["layers"], text(row["l_a"]), *scores, style="bold" if i == best else None)
+    return shown
 
 
 def draw(rows: Sequence[Record]) -> Figure:

@@ -111,7 +111,8 @@ def lines(table: PaperTable, runs: Mapping[str, Sequence[Path]]) -> list[Record]
         KeditError: A run has no results, or those of a row are of several base models.
     """
     reports = {name: [_report(path) for path in paths] for name, paths in runs.items()}
-    for name, given in reports.items():
+    alike = {table.source: [report for given in reports.values() for report in given]} if table.one_model else reports
+    for name, given in alike.items():
         if len(models := {report["protocol"].get("base") for report in given}) > 1:
             msg = f"{name}: expected runs of one base model, got {', '.join(sorted(map(str, models)))}"
             raise KeditError(msg)
@@ -168,7 +169,8 @@ def _beside(cell: Printed | None, ours: Record, table: PaperTable) -> Record:
         theirs = cell.spread or 0.0
         if table.spread == "std":
             theirs = half_width(theirs, table.repeats)
-        found |= {"difference": ours["ours"] - cell.value, "interval": math.hypot(ours["ci95"], theirs)}
+        interval = math.hypot(ours["ci95"], theirs) if cell.spread is not None else math.nan  # unknown without theirs
+        found |= {"difference": ours["ours"] - cell.value, "interval": interval}
     return found
 
 
@@ -227,7 +229,9 @@ def _note(rows: Sequence[Record], table: PaperTable) -> str:
     spread = "standard deviations over runs" if table.spread == "std" else "half widths of 95 % intervals"
     runs = sorted({row["runs"] for row in rows if row["runs"]})
     parts = [f"In parentheses: {spread}"]
-    parts += ["± half the width of the difference's 95 % interval"] if any(row["paper"] for row in rows) else []
+    parts += (
+        ["± half the width of the difference's 95 % interval"] if any(row["paper"] is not None for row in rows) else []
+    )
     parts += [f"runs a row: {', '.join(map(str, runs))} (of one alone the interval over its edits)"] if runs else []
     parts += ["?: the printed number contradicts others"] if any(row["doubtful"] for row in rows) else []
     return "; ".join(parts) + "."

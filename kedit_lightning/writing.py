@@ -72,7 +72,7 @@ def locked(path: Path, taken: str) -> Iterator[None]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write records of equal keys as a table; numbers to six digits, empty where there is none (None, nan).
+    """Write records of equal keys as a table; numbers to six decimals, below 1 to six digits; None and nan are empty.
 
     Raises:
         KeditError: As `write_beside`.
@@ -82,8 +82,12 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     for row in rows:
         known = {name: value for name, value in row.items() if value is not None and value == value}
-        writer.writerow({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in known.items()})
+        writer.writerow({name: _short(v) if isinstance(v, float) else v for name, v in known.items()})
     write_beside(path, lambda path: path.write_text(table.getvalue(), encoding="utf-8"))
+
+
+def _short(value: float) -> float:
+    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")
 
 
 def unwritable(path: Path, error: Exception) -> KeditError:

@@ -639,7 +639,7 @@ def test_commands_and_options(bad: Bad) -> None:
         kedit("edit"),
         2,
         "unknown command 'edit'",
-        "fit, plan, validate, test, predict, scale, tune-gamma, statistics, apply, revert, log, show",
+        "fit, plan, validate, test, predict, scale, tune-gamma, suggest, probe, statistics, apply, revert, log, show",
     )
     refused(kedit("fit", "--confg", bad.rome), 2, "confg")
     refused(kedit("apply", bad.run, "--outt", "x"), 2, "outt")

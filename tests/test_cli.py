@@ -322,13 +322,20 @@ def test_help_loads_nothing_heavy() -> None:
     assert result.stdout.splitlines()[-1] == "set()"
 
 
-@pytest.mark.parametrize(("command", "kept"), [("fit", "; edits that were committed are in the run"), ("apply", "\n")])
-def test_an_interrupt_during_the_start_is_a_line(command: str, kept: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "kept", "number"),
+    [
+        ("fit", "; edits that were committed are in the run", signal.SIGINT),
+        ("fit", "; edits that were committed are in the run", signal.SIGTERM),
+        ("apply", "\n", signal.SIGINT),
+    ],
+)
+def test_an_interrupt_during_the_start_is_a_line(command: str, kept: str, number: signal.Signals) -> None:
     code = (
         "import signal, sys; from kedit_lightning.cli import main\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch': signal.raise_signal(signal.SIGINT)\n"
+        f"        if name == 'torch': signal.raise_signal({int(number)})\n"
         "sys.meta_path.insert(0, Interrupt())\n"
         f"main(['{command}'])"
     )
@@ -338,19 +345,20 @@ def test_an_interrupt_during_the_start_is_a_line(command: str, kept: str) -> Non
     assert result.stderr.count("\n") == 1
 
 
-def test_an_interrupt_leaves_what_was_committed(world: World) -> None:
-    config = world.config("ROME", v_num_grad_steps=200, v_lr=1e-4)
-    command = [sys.executable, "-m", "kedit_lightning", "fit", "--config", str(config), "--trainer.name", "interrupted"]
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_an_interrupt_leaves_what_was_committed(world: World, number: signal.Signals) -> None:
+    config, name = world.config("ROME", v_num_grad_steps=200, v_lr=1e-4), f"interrupted by {number.name}"
+    command = [sys.executable, "-m", "kedit_lightning", "fit", "--config", str(config), "--trainer.name", name]
     command += ["--trainer.evaluate", "false"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    first = world.logs / "interrupted" / "version_0" / "deltas" / "000000.safetensors"
+    first = world.logs / name / "version_0" / "deltas" / "000000.safetensors"
     started = time.time()
     while not first.exists() and process.poll() is None and time.time() - started < 120:
         time.sleep(0.02)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err.startswith("kedit: interrupted"), err

@@ -148,3 +148,31 @@ def test_shipped_experiments_are_valid_runs(file: Path, tmp_path: Path) -> None:
     for name in found["variants"]:
         config = write(tmp_path / "fit.yaml", fit_configuration(found, name, found["seeds"][0], tmp_path))
         done("fit", "--config", config, "--print_config")
+
+
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        (
+            "{model.init_args.layers: [[1]], data.stop: [2]}",
+            "expected sweep to be one setting and a list of its values",
+        ),
+        ("{data.stop: 3}", "expected sweep to be one setting and a list of its values"),
+        ("{data.stop: [2]}\nvariants: {a: {}}", "expected variants or a sweep, got both"),
+    ],
+)
+def test_sweeps_that_cannot_be_made_are_refused_before_anything_runs(tmp_path: Path, sweep: str, said: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"name: s\ntitle: S\nseeds: [0]\nscores: [efficacy]\nsweep: {sweep}\n")
+    with pytest.raises(KeditError, match=said):
+        read(path)
+
+
+def test_a_sweep_replaces_that_of_the_file_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(
+        "name: s\ntitle: S\nseeds: [0]\nscores: [efficacy]\nsweep: {model.init_args.v_lr: [0.1, 0.2]}\n"
+    )
+    (tmp_path / "two.yaml").write_text("extends: one.yaml\nsweep: {data.stop: [2, 3]}\n")
+    found = read(tmp_path / "two.yaml")
+    assert found["sweep"] == {"data.stop": [2, 3]}
+    assert found["variants"] == {"2": {"data": {"stop": 2}}, "3": {"data": {"stop": 3}}}

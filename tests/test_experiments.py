@@ -29,6 +29,7 @@ from tests.families import EDITS, FAMILY_CONFIGS, build, corpus, default_tokeniz
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = {path.stem: path for path in sorted((ROOT / "configs/experiments").glob("*.yaml"))}
 FAMILIES = {"gpt2-xl": "gpt2", "gpt-j": "gptj", "Qwen": "qwen2", "lama": "llama"}
+DEPTHS = {"gpt2": 48, "gptj": 28, "qwen2": 48, "llama": 40}
 ELSEWHERE = {  # figures whose twin has another name, or is that of another figure of the same kind
     "eac_performance_counterfact": "eac_performance",
     "eac_performance_llama2-13b": "eac_performance",
@@ -132,13 +133,13 @@ class Small:
 
     @cache  # noqa: B019 - as long as the tests of this module
     def base(self, family: str) -> Path:
-        """A model with every layer that is named, up to 47."""
-        place = self.folder / family
-        depth = {"n_layer": 48, "num_hidden_layers": 48}
-        settings = {k: depth.get(k, v) for k, v in FAMILY_CONFIGS[family].items()}
+        """A model with every layer that is named."""
+        place, depth = self.folder / family, DEPTHS[family]
+        depths = {"n_layer": depth, "num_hidden_layers": depth}
+        settings = {k: depths.get(k, v) for k, v in FAMILY_CONFIGS[family].items()}
         if "layer_types" in settings:
-            settings |= {"layer_types": ["full_attention"] * 48, "use_sliding_window": False}
-        build(family, initializer_range=0.1, **settings).save_pretrained(place)
+            settings |= {"layer_types": ["full_attention"] * depth, "use_sliding_window": False}
+        build(family, initializer_range=0.2, **settings).save_pretrained(place)
         tokenizer(default_tokenizer(family)).save_pretrained(place)
         return place
 
@@ -147,17 +148,25 @@ class Small:
         """Three records in the form of a data set, whose present answers are the model's own next tokens."""
         base = LanguageModel(str(self.base(family)))
         found: list[dict[str, Any]] = []
-        for i in (0, 1, 4):
-            record = flat(i)
-            text = record["prompt"].replace("{}", record["subject"])
+        subjects = (
+            f"{a} {b}" for a in ("Velora", "Oskel", "Dario", "Tobin", "Lise", "Arden") for b in ("Quint", "Foss", "")
+        )
+        prompts = ((i, subject.strip()) for subject in subjects for i in (0, 1, 4))
+        while len(found) < 3:
+            i, subject = next(prompts)
+            record = flat(i) | {"subject": subject}
+            text = record["prompt"].replace("{}", subject)
             batch = collate([base.encode(text)])
             with torch.no_grad():
                 order = base.logits(batch)[0, -1].argsort(descending=True).tolist()
-            words = [word for token in order if (word := str(base.tokenizer.decode([token])).strip()).isalpha()]
-            old, new = [word for word in words if len(base.encode(text, word).targets) == 1][:2]
+            words = {token: str(base.tokenizer.decode([token])).strip() for token in order}
+            known = [word for token, word in words.items() if word and base.encode(text, word).targets == [token]]
+            if known[0] != words[order[0]]:
+                continue
+            old, new = known[:2]
             rewrite = {"prompt": record["prompt"], "subject": record["subject"], "relation_id": f"P{i}"}
             rewrite |= {"target_new": {"str": new, "id": "Q1"}, "target_true": {"str": old, "id": "Q2"}}
-            nested = {**EDITS[i].as_record(), "requested_rewrite": rewrite}
+            nested = {**EDITS[i].as_record(), "case_id": len(found), "requested_rewrite": rewrite}
             question = {"src": f"{text}?", "rephrase": f"Say: {text}?", "answers": [new], "alt": new}
             zsre = {"subject": record["subject"], **question, "loc": "nq question: who rings", "loc_ans": "Tobin"}
             found.append(zsre if dataset == "zsre" else nested)
@@ -265,7 +274,8 @@ def test_any_other_experiment_runs(small: Small, name: str) -> None:
     if method == "probe":  # an edit has to work for some of them
         wanted = yaml.safe_load(shipped.read_text())["model"]["init_args"]
         steps = {key: value for key, value in wanted.items() if key.startswith("v_num_grad_steps")}
-        first["model"]["init_args"] |= steps
+        free = {"clamp_norm_factor": 40, "v_weight_decay": 0, "statistics": {"source": "identity"}}
+        first["model"]["init_args"] |= steps | {key: free[key] for key in free if family and key in wanted}
     data = first["data"] | content.get("data", {})
     first["data"] = small.data(data, family)
     first["trainer"] = {"evaluation": {"generation": False}, "enable_progress_bar": False, "save_dir": str(small.logs)}
@@ -284,6 +294,8 @@ def test_any_other_experiment_runs(small: Small, name: str) -> None:
             content["delta"] = run
         given |= {"run": run, "source": str(small.items), "task": "questions", "prompts": 6} if "run" in given else {}
         given |= {"runs": {label: [run] for label in given["runs"]}} if "runs" in given else {}
+    if "edits" in given:
+        given["edits"] = 3
     if "words" in given:
         given["words"] = str(write(small.folder / "words.json", json.dumps(small.words())))
     if method == "scale":
@@ -291,5 +303,6 @@ def test_any_other_experiment_runs(small: Small, name: str) -> None:
     overlay = write(small.folder / f"{name}_1.yaml", content)
     done(method, "--config", config, "--config", overlay, *options)
     run_ = small.logs / content["trainer"]["name"] / "version_0"
+    run_ = max(run_.parent.iterdir())
     expected = {"probe": "*.csv", "scale": "scaling.csv", "predict": "predictions.jsonl"}[method]
     assert list(run_.glob(expected)), sorted(run_.iterdir())

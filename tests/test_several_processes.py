@@ -372,6 +372,16 @@ def test_the_first_is_killed_while_it_writes(
 
 
 @pytest.mark.slow
+def test_one_that_ends_before_the_others_is_not_waited_for(pair: dict[int, Path], world: World) -> None:
+    """As one that has found nothing to do in a run that another command has just finished."""
+    process, run = streaming(pair, world, "leaving", (__name__, "leave", 1))
+    err = process.communicate(timeout=600)[1]
+    assert process.returncode == 1
+    one_line(err, "process 0 has lost the others, of which one has ended or cannot be reached")
+    goes_on(run, pair)
+
+
+@pytest.mark.slow
 def test_a_full_disk_stops_all_with_one_line(pair: dict[int, Path], world: World) -> None:
     process, run = streaming(pair, world, "full", (__name__, "full", "000002.safetensors"))
     err = process.communicate(timeout=600)[1]
@@ -404,6 +414,8 @@ def main(what: str, where: str, *args: str) -> None:
 
     def stopping(*of: Any) -> Any:
         if next(steps) == 9 and os.environ.get("LOCAL_RANK", "0") == where:
+            if what == "leave":
+                os._exit(0)
             if what == "fail":
                 msg = "injected"
                 raise KeditError(msg)

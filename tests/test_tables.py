@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,13 @@ def test_runs_of_several_models_in_one_row_are_refused(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / "a", 0.9), a_run(tmp_path / "b", 0.9, base="gpt2")]
     with pytest.raises(KeditError, match="J TOP: expected runs of one base model, got almanac, gpt2"):
         lines(TABLE, {"J TOP": runs})
+
+
+def test_runs_of_several_models_in_the_table_of_one_are_refused(tmp_path: Path) -> None:
+    runs = {"J TOP": [a_run(tmp_path / "a", 0.9)], "J ROME": [a_run(tmp_path / "b", 0.9, base="gpt2")]}
+    assert lines(TABLE, runs), "rows of several models may stand below each other"
+    with pytest.raises(KeditError, match="expected runs of one base model, got almanac, gpt2"):
+        lines(replace(TABLE, one_model=True), runs)
 
 
 def test_the_scores_over_a_setting(tmp_path: Path) -> None:

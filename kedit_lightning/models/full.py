@@ -58,8 +58,13 @@ class FullForward:
         """Whether it was made from the same."""
         mine = [self.rows.input_ids, self.rows.attention_mask, self.rows.owner, *self.sites.values()]
         other = [rows.input_ids, rows.attention_mask, rows.owner, *sites.values()]
-        same = list(self.sites) == list(sites) and self.last == (self.base.num_layers - 1 if last is None else last)
-        return same and all(torch.equal(x, y.to(x.device)) for x, y in zip(mine, other, strict=True))
+        return self.is_between(sites, last) and all(
+            torch.equal(x, y.to(x.device)) for x, y in zip(mine, other, strict=True)
+        )
+
+    def is_between(self, sites: Mapping[Site, Tensor], last: int | None) -> bool:
+        """Whether it was made for these sites up to this layer, in whatever rows."""
+        return list(self.sites) == list(sites) and self.last == (self.base.num_layers - 1 if last is None else last)
 
     def narrowed(self, rows: Batch, sites: Mapping[Site, Tensor], last: int | None) -> FullForward | None:
         """The same for some of its rows, without running anything; None where that cannot be had."""

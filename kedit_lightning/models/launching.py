@@ -103,8 +103,8 @@ class Launcher(_SubprocessScriptLauncher):
         return instead or (self._lost(rank) if lost else None)
 
     def _incomplete(self) -> bool:
-        """Whether a process has ended that this one has started, or that has started this one."""
-        return self._orphaned() or any(process.poll() for process in self.procs)
+        """Whether a process has ended that this one has started, or that has started this one; all end together."""
+        return self._orphaned() or any(process.poll() is not None for process in self.procs)
 
     def _orphaned(self) -> bool:
         """Whether the process that has started this one has ended; nothing can be asked of the first one then."""
@@ -212,7 +212,9 @@ def together(trainer: Trainer, work: Callable[[], T]) -> T:
         try:
             with launcher.watched(rank):
                 strategy.setup_environment()
-                return work()
+                found = work()
+                distributed.barrier()
+                return found
         except BaseException as error:  # an interrupt too
             if (said := launcher.end(error, rank)) is not None:
                 raise said from error

@@ -2,13 +2,15 @@
 
 Restoring a vector at (layer l, token t) of a corrupted run changes, by causality, nothing below layer l and nothing
 before token t. So the clean run and the corrupted copies are run once, together, and every cell continues the copies.
+Of cells that begin together, those with fewer layers continue the one with the most, from where they end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from kedit_lightning.models.encoding import Row, collate
 from kedit_lightning.models.language_model import LanguageModel
 from kedit_lightning.models.memory import token_budget
 from kedit_lightning.models.suffix import ELSEWHERE, GROUP_COSTS, similar
-from kedit_lightning.models.suffix_group import SuffixGroup, keeping
+from kedit_lightning.models.suffix_group import Kept, SuffixGroup, first_layer, hidden_of, keeping, unchanged
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,8 @@ class CorruptedRun:
         self.base, self.copies, self.length = base, n, t
         self._rows = collate([row] * (1 + n)).to(base.device)
         embed = base.model.get_submodule(base.architecture.embed)
-        above = {Site(layer, part) for layer in range(base.num_layers) for part in ("attn", "mlp") if part in parts}
-        if "mlp" in parts:  # a layer's attention does not change where its MLP is restored
-            above |= {Site(layer, "attn") for layer in range(base.num_layers)}
+        sites = [Site(layer, part) for layer in range(base.num_layers) for part in parts]
+        modules = dict.fromkeys(module for site in sites for module in unchanged(base, [site]))
 
         def corrupt(_: nn.Module, __: object, output: Tensor) -> Tensor:
             return output + torch.cat([torch.zeros_like(noise[:1]), noise]).to(output)
@@ -72,7 +73,7 @@ class CorruptedRun:
         everyone = torch.arange(1 + n, device=base.device)
         with ExitStack() as stack:
             stack.callback(embed.register_forward_hook(corrupt).remove)
-            self._kept = stack.enter_context(keeping(base, [embed, *base.layers, *map(base.module, above)]))
+            self._kept = stack.enter_context(keeping(base, modules))
             logits = base.logits(self._rows, at=(everyone, torch.full_like(everyone, t - 1)))
         self.answer = int(logits[0].argmax())
         found = self._probabilities(logits)
@@ -91,51 +92,83 @@ class CorruptedRun:
             Shape ``(m,)``, float64, on the CPU.
         """
         found = torch.full((len(cells),), self.low, dtype=torch.float64)
-        together: dict[Site, list[int]] = {}
+        wanted: dict[Cell, list[int]] = {}
         for i, cell in enumerate(cells):
-            final = cell.position == self.length - 1
-            if cell.part == "block" and cell.last == self.base.num_layers - 1 and final:
+            final, top = cell.position == self.length - 1, self.base.num_layers - 1
+            if cell.part == "block" and cell.last == top and final:
                 found[i] = self.high
-            elif cell.position >= self._touched and (final or self._goes_on(cell)):
-                together.setdefault(Site(cell.first, cell.part), []).append(i)
+            elif cell.position >= self._touched and (final or cell.first < top):  # a later attention layer sees it
+                wanted.setdefault(cell if final else replace(cell, last=min(cell.last, top - 1)), []).append(i)
+        together: dict[Site, dict[int, list[Cell]]] = {}
+        for cell in wanted:
+            together.setdefault(Site(cell.first, cell.part), {}).setdefault(cell.position, []).append(cell)
         most = max(1, token_budget(self.base) // (self.copies * self.length))
         costs = GROUP_COSTS.get(self.base.device.type, ELSEWHERE) // self.copies
-        for site, places in together.items():
-            lengths = [self.length - cells[i].position for i in places]
-            for group in similar(lengths, costs):
+        for site, tokens in together.items():
+            positions = list(tokens)
+            for group in similar([self.length - position for position in positions], costs):
                 for start in range(0, len(group), most):
-                    some = [places[k] for k in group[start : start + most]]
-                    found[some] = self._restored(site, [cells[i] for i in some])
+                    some = [cell for k in group[start : start + most] for cell in tokens[positions[k]]]
+                    for cell, score in self._restored(site, some).items():
+                        found[wanted[cell]] = score
         return found
 
-    def _goes_on(self, cell: Cell) -> bool:
-        """Whether a later layer's attention sees what a cell restores."""
-        return cell.first < self.base.num_layers - 1
-
-    def _restored(self, site: Site, cells: Sequence[Cell]) -> Tensor:
+    def _restored(self, site: Site, cells: Sequence[Cell]) -> dict[Cell, float]:
         """The scores of cells that begin at a site."""
-        n, device = self.copies, self.base.device
-        at = torch.tensor([cell.position for cell in cells], device=device).repeat_interleave(n)
-        last = torch.tensor([cell.last for cell in cells], device=device).repeat_interleave(n)
-        line = torch.arange(1, n + 1, device=device).repeat(len(cells))
-        every, top = torch.arange(len(at), device=device), self.base.num_layers - 1
-        suffix = SuffixGroup(self.base, self._rows.select(line), {site: at}, top, self._kept, line)
+        n, device, top = self.copies, self.base.device, self.base.num_layers - 1
+        most = {cell.position: cell.last for cell in sorted(cells, key=lambda cell: cell.last)}
+        first = [cell for cell in cells if cell.last >= min(most[cell.position], top - 1)]
+        at = torch.tensor([cell.position for cell in first], device=device).repeat_interleave(n)
+        line = torch.arange(1, n + 1, device=device).repeat(len(first))
+        suffix = _Suffix(self.base, self._rows.select(line), {site: at}, top, self._kept, line)
+        rest: dict[Site, list[Cell]] = {}
+        for cell in (cell for cell in cells if cell not in first):
+            rest.setdefault(Site(cell.last + 1, cell.part), []).append(cell)
+        with keeping(self.base, {module for end in rest for module in unchanged(self.base, [end])}) as kept:
+            scores = self._run(suffix, site, first, torch.arange(len(at), device=device))
+        place = {cell.position: n * i for i, cell in enumerate(first)}
+        for end, some in rest.items():
+            begin = torch.tensor([place[cell.position] for cell in some], device=device)
+            lines = (begin[:, None] + torch.arange(n, device=device)).flatten()
+            scores |= self._run(suffix.begun(end, kept), end, some, lines)
+        return scores
+
+    def _run(self, suffix: SuffixGroup, site: Site, cells: Sequence[Cell], lines: Tensor) -> dict[Cell, float]:
+        """The scores of cells, whose copies are some lines of a suffix; from a site on."""
+        n, top, every = self.copies, self.base.num_layers - 1, torch.arange(len(lines), device=lines.device)
+        at, last = (
+            torch.tensor(values, device=lines.device).repeat_interleave(n)
+            for values in ([cell.position for cell in cells], [cell.last for cell in cells])
+        )
         read = every, self.length - 1 - at
+        cut = suffix.cut(lines, *read, top)
         with ExitStack() as stack:
-            stack.enter_context(suffix.cut(every, *read, top).adding({}))
+            stack.enter_context(cut.adding({}))
             for layer in range(site.layer, int(last.max()) + 1):
-                clean = self._clean(Site(layer, site.part))[at]
+                clean = self._clean(Site(layer, site.part))
+                clean = clean[at.to(clean.device)]
                 rows = torch.nonzero(last >= layer)[:, 0]
                 stack.enter_context(self.base.add(Site(layer, site.part), torch.zeros_like(at), clean, instead=rows))
-            found = self._probabilities(self.base.logits(suffix.rows, at=read))
-        return found.view(len(cells), n).mean(dim=1)
+            found = self._probabilities(self.base.logits(cut.rows, at=read))
+        return dict(zip(cells, found.view(len(cells), n).mean(dim=1).tolist(), strict=True))
 
     def _clean(self, site: Site) -> Tensor:
         """What a site puts out in the clean run, shape ``(t, d)``."""
-        output = self._kept.known[self.base.module(site)]
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden_of(self._kept.known[self.base.module(site)])
         return hidden.reshape(1 + self.copies, self.length, -1)[0]
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         """Of the answer, from logits of shape ``(b, vocabulary)``; float64, on the CPU."""
         return logits.float().log_softmax(dim=-1)[:, self.answer].double().exp().cpu()
+
+
+class _Suffix(SuffixGroup):
+    """Suffixes that can be gone on with from a later site."""
+
+    def begun(self, site: Site, kept: Kept) -> SuffixGroup:
+        """The same from a site on, before which all is as it was kept when they ran."""
+        some, below = copy(self), self.base.layers[: first_layer(site)]
+        outputs = {module: kept.known[module] for module in unchanged(self.base, [site])}
+        some._known = {module: output for module, output in outputs.items() if hidden_of(output).ndim == 3}
+        some._known |= {block: some._known[below[-1]] for block in below}
+        return some

@@ -76,7 +76,7 @@ class SuffixForward(FullForward):
 
         Rows are known by their tokens, their owners and where vectors are added.
         """
-        if list(sites) != list(self.sites) or (self.base.num_layers - 1 if last is None else last) != self.last:
+        if not self.is_between(sites, last):
             return None
         there = {row: i for i, row in enumerate(_described(self.rows, self.sites))}
         which = [there.get(row, -1) for row in _described(rows, sites)]

@@ -89,7 +89,7 @@ class SuffixGroup(FullForward):
         after = torch.arange(int((end - start).max()), device=base.device) + start[:, None]
         after = after.clamp(max=t - 1)
         if kept is None:
-            with keeping(base, _unchanged(base, sites)) as kept:
+            with keeping(base, unchanged(base, sites)) as kept:
                 base.run(rows, last)
         cache = kept.cache
         if [cache.get_seq_length(layer) for layer in range(len(cache))] != [t] * (last + 1):
@@ -101,8 +101,8 @@ class SuffixGroup(FullForward):
 
         self._known = {
             module: _map(kept.known[module], lambda x: some(x, after[..., None], 1))
-            for module in _unchanged(base, sites)
-            if _hidden(kept.known[module]).ndim == 3  # not OPT's MLP, which runs on flattened rows
+            for module in unchanged(base, sites)
+            if hidden_of(kept.known[module]).ndim == 3  # not OPT's MLP, which runs on flattened rows
         }
         layers: list[Any] = cache.layers[first:] if line is None else [copy(layer) for layer in cache.layers[first:]]
         for layer in layers:
@@ -188,7 +188,7 @@ def first_layer(site: Site) -> int:
     return site.layer + (site.part == "block")
 
 
-def _unchanged(base: LanguageModel, sites: Iterable[Site]) -> list[nn.Module]:
+def unchanged(base: LanguageModel, sites: Iterable[Site]) -> list[nn.Module]:
     """The last block below or the embedding, and the modules above it that put out what they always do."""
     first = min(map(first_layer, sites))
     parts = {site.part for site in sites if first_layer(site) == first}
@@ -200,7 +200,7 @@ def _unchanged(base: LanguageModel, sites: Iterable[Site]) -> list[nn.Module]:
     return whole
 
 
-def _hidden(output: Output) -> Tensor:
+def hidden_of(output: Output) -> Tensor:
     """The hidden states of a module's output."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
@@ -230,7 +230,7 @@ def _only_at(module: nn.Module, at: Tensor, t: int) -> Iterator[None]:
         )
 
     def put(_: nn.Module, __: object, output: Output) -> Output:
-        hidden = _hidden(output)
+        hidden = hidden_of(output)
         if hidden.ndim < 3 or hidden.shape[1] == t:
             return output
         where = at[..., None].to(hidden.device).expand_as(hidden)

@@ -54,6 +54,7 @@ class PaperTable:
         repeats: Over how many repeats.
         scale: What a metric is multiplied by.
         decimals: As printed.
+        one_model: Whether all rows are of one base model.
     """
 
     source: str
@@ -63,6 +64,7 @@ class PaperTable:
     repeats: int = 1
     scale: float = 100
     decimals: int = 1
+    one_model: bool = False
 
 
 def known() -> dict[str, dict[str, Any]]:
@@ -96,4 +98,4 @@ def load(name: str) -> PaperTable:
         if model in ("", of)
         for editor, cells in editors.items()
     }
-    return PaperTable(rows=read, **given)
+    return PaperTable(rows=read, one_model=bool(model), **given)

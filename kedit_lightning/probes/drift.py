@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from kedit_lightning import delta as delta_files
 from kedit_lightning.callbacks.figures import OTHERS, SCORES, STYLE, band, blank, headline
 from kedit_lightning.curves import curve
 from kedit_lightning.delta import merge
-from kedit_lightning.errors import KeditError
+from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.progress import steps
@@ -80,6 +81,9 @@ def replay(base: LanguageModel, path: Path) -> Iterator[Record]:
     run = RunDirectory(newest(path, COMMITS))
     names = run.last_metadata()["fingerprint"]["names"]
     numbers = dict.fromkeys(line["commit"] for line in run.records() if line["commit"] is not None)
+    if not numbers:
+        msg = f"{run.path}: expected committed edits, found none"
+        raise DeltaError(msg)
     edits, group = 0, None
     base.restore()
     try:
@@ -163,6 +167,8 @@ def draw(rows: Sequence[Record]) -> Figure:
             points = curve(runs, quantity)
             for i, label in enumerate(labels):
                 own = [row for row in points if row["label"] == label and (quantity == "drift" or row["mean"] > 0)]
+                if quantity == "update":  # intervals of single edits, over few runs, would hide the curves
+                    own = [row | {"ci95": math.nan} for row in own]
                 band(axis, own, palette[i % len(palette)], label, marker="")
             axis.set_yscale("linear" if quantity == "drift" else "log")
             axis.set_ylabel(name)

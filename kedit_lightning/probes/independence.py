@@ -196,6 +196,6 @@ def draw(rows: Sequence[Record], of_layers: Sequence[Record], own: Sequence[int]
         right.set_xlabel("layer l_a of h_r")
         right.set_ylabel("|P[o*|h_r, v] − P[o*|h_r]|")
         right.grid(axis="y", zorder=0)
-        right.legend(loc="center right")
+        right.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, fontsize=8.5)
         headline(figure, title)
     return figure

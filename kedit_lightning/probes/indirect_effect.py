@@ -180,14 +180,14 @@ def draw(rows: Sequence[Record], title: str) -> Figure:
 
     windows = list(dict.fromkeys(row["window"] for row in rows))
     names = [name for name in CLASSES if any(row["token"] == name for row in rows)]
-    wide = 0.8 / len(windows)
+    wide, colours = 0.8 / len(windows), [colour for colour in SCORES if colour != INK]  # intervals are INK
     with rc_context(STYLE):
         figure = blank(8.2, 4.4)
         axis = figure.subplots()
         for k, window in enumerate(windows):
             mine = {row["token"]: row for row in rows if row["window"] == window}
             at = [i + (k - (len(windows) - 1) / 2) * wide for i in range(len(names))]
-            colour, plural = SCORES[k % len(SCORES)], "s" * (window > 1)
+            colour, plural = colours[k % len(colours)], "s" * (window > 1)
             label = f"window of {window} layer{plural}"
             axis.bar(at, [mine[name]["rie"] for name in names], 0.92 * wide, color=colour, label=label, zorder=2)
             for measure, aside, style in (("rie", -0.2, {"fmt": "none"}), ("of_maxima", 0.2, {"fmt": "D", **MARKER})):

@@ -91,7 +91,8 @@ class CausalTrace(Probe):
                         step(next(done), total, corrupt)
                 return found
 
-            yield from self._findings(traced([(edit, -1) for edit in edits]), notes, "")
+            before = traced([(edit, -1) for edit in edits])
+            yield from self._findings(before, notes, "")
             if not self.edited:
                 return
             after: list[list[Trace | None]] = [[] for _ in self.corrupt]
@@ -103,11 +104,18 @@ class CausalTrace(Probe):
                     after = [run + more for run, more in zip(after, traced(prompts), strict=True)]
                     right += yes
         usable(edits, right, "an edited model's next token to be the whole target_new")
-        yield from self._findings(after, {**notes, "edits": len(edits), "unanswered": right.count(False)}, "_edited")
+        notes |= {"edits": len(edits), "unanswered": right.count(False)}
+        yield from self._findings(after, notes, "_edited", before)
 
-    def _findings(self, traces: Sequence[Sequence[Trace | None]], notes: Record, after: str) -> Iterator[Finding]:
-        """The mean of all, and the pictures of single edits."""
-        for corrupt, run in zip(self.corrupt, traces, strict=True):
+    def _findings(
+        self,
+        traces: Sequence[Sequence[Trace | None]],
+        notes: Record,
+        after: str,
+        before: Sequence[Sequence[Trace | None]] = (),
+    ) -> Iterator[Finding]:
+        """The mean of all, and the pictures of single edits, after an edit with what was before it."""
+        for i, (corrupt, run) in enumerate(zip(self.corrupt, traces, strict=True)):
             if not (there := [trace for trace in run if trace is not None]):
                 msg = f"causal trace: expected prompts with {corrupt} tokens to corrupt, got none; leave {corrupt} out"
                 raise KeditError(msg)
@@ -120,7 +128,8 @@ class CausalTrace(Probe):
             for trace in there[: self.cases]:
                 case = f"{name}_case_{trace.edit.case_id}"
                 told = {"prompt": trace.edit.text, "answer": trace.answer, "clean": trace.high, "corrupted": trace.low}
-                yield Finding(case, single(trace), draw_single(trace), told)
+                same = [other for other in (before[i] if before else ()) if other and other.edit == trace.edit]
+                yield Finding(case, single(trace), draw_single([*same, trace]), told)
 
 
 def means(traces: Sequence[Trace]) -> list[Record]:
@@ -163,39 +172,42 @@ def draw(rows: Sequence[Record], title: str) -> Figure:
             mine = [row for row in rows if (row["part"], row["window"]) == (part, window)]
             lines = {name: [row for row in mine if row["token"] == name] for name in names}
             heat(above, [[row["mean"] for row in lines[name]] for name in names],
-                 [CLASSES[name] for name in names], (part, window))  # fmt: skip
+                 [CLASSES[name] for name in names], (part, window), max(row["mean"] for row in mine))  # fmt: skip
             for name, line in lines.items():
                 points = [{"edits": row["layer"], "mean": row["mean"], "ci95": row["ci95"]} for row in line]
                 band(below, points, COLOURS[name], CLASSES[name], ms=3)
             below.set_xlabel("layer")
             below.set_ylabel("indirect effect")
             below.grid(axis="y", zorder=0)
-        lower[0].legend(fontsize=8)
+        figure.legend(*lower[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=9)
         headline(figure, title)
     return figure
 
 
-def draw_single(trace: Trace) -> Figure:
-    """A heat map of tokens and layers for each kind, as in TOP's Fig. 9."""
+def draw_single(traces: Sequence[Trace]) -> Figure:
+    """A heat map of tokens and layers for each kind, as in TOP's Fig. 9; a line a model, on the same scale."""
     from matplotlib import rc_context
 
+    kinds = list(traces[0].effects)
     with rc_context(STYLE):
-        figure = blank(max(6.4, 4.4 * len(trace.effects)), 1.6 + 0.26 * len(trace.tokens))
-        axes: Any = figure.subplots(1, len(trace.effects), squeeze=False)[0]
-        for axis, (kind, effects) in zip(axes, trace.effects.items(), strict=True):
-            heat(axis, effects.tolist(), trace.tokens, kind)
-            axis.set_xlabel("layer")
-        headline(figure, f"p({trace.answer}): {trace.high:.3f}, {trace.low:.3f} with noise (*); what restoring adds")
+        figure = blank(max(6.4, 4.4 * len(kinds)), 0.8 + len(traces) * (0.9 + 0.26 * len(traces[0].tokens)))
+        for line, trace in zip(figure.subfigures(len(traces), 1, squeeze=False)[:, 0], traces, strict=True):
+            axes: Any = line.subplots(1, len(kinds), squeeze=False)[0]
+            for axis, kind in zip(axes, kinds, strict=True):
+                top = max(float(each.effects[kind].max()) for each in traces)
+                heat(axis, trace.effects[kind].tolist(), trace.tokens, kind, top)
+                axis.set_xlabel("layer")
+            told = f"{trace.answer}: probability {trace.high:.3f}, with noise (*) {trace.low:.3f}; what restoring adds"
+            line.suptitle(told if trace is traces[0] else f"after the edit, {told}", fontsize=12, x=0.012, ha="left")
     return figure
 
 
-def heat(axis: Axes, effects: Sequence[Sequence[float]], names: Sequence[str], kind: Kind) -> None:
-    """A map of indirect effects, shape ``(tokens, layers)``; what is below 0 is drawn as 0."""
+def heat(axis: Axes, effects: Sequence[Sequence[float]], names: Sequence[str], kind: Kind, top: float) -> None:
+    """A map of indirect effects, shape ``(tokens, layers)``, up to ``top``; what is below 0 is drawn as 0."""
     from matplotlib.ticker import MaxNLocator
 
     part, window = kind
-    top = max(1e-6, *(max(line) for line in effects))
-    image = axis.imshow(effects, cmap=MAPS[part], aspect="auto", interpolation="nearest", vmin=0, vmax=top)
+    image = axis.imshow(effects, cmap=MAPS[part], aspect="auto", interpolation="nearest", vmin=0, vmax=max(top, 1e-6))
     axis.figure.colorbar(image, ax=axis)
     axis.set_yticks(range(len(names)), names)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -139,7 +139,7 @@ def noise_level(base: LanguageModel, edits: Sequence[Edit], noise: float) -> flo
 
     Args:
         base: The model, unedited.
-        edits: All edits of the data set.
+        edits: Those whose subjects count: all that the data module has, so that its ``stop`` is part of it.
         noise: How many times.
     """
     subjects = list(dict.fromkeys(edit.subject for edit in edits))

@@ -262,6 +262,6 @@ def draw(points: Mapping[str, Tensor], line: Boundary, told: Mapping[str, Mappin
         axis.contour(x, y, heights, levels=[0], colors=INK, linestyles="--", linewidths=1)
         axis.set_xlabel("first principal component")
         axis.set_ylabel("second principal component")
-        figure.legend(loc="outside lower left", ncols=2, fontsize=8.5)
-        headline(figure, "What is recalled before and after the edits (dashed: the boundary)")
+        figure.legend(loc="outside lower left", ncols=2, fontsize=8.5, markerscale=2)
+        headline(figure, "What is recalled before and after the edits (line: the means, dashed: the boundary)")
     return figure

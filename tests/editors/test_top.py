@@ -212,3 +212,21 @@ def test_each_stage_has_its_own_threshold() -> None:
         [True, False, False],
         [True, True, False],
     ]
+
+
+def test_stage_1_can_end_by_the_targets_probability(tmp_path: Path) -> None:
+    """However large the loss is; the second stage keeps its threshold."""
+    editor = begun(tiny_base("gpt2"), stop1_probability=0.5, stop2=0.5)
+    loss = Loss({"any": torch.tensor([9.0, 9.0, 0.2])}, probability=torch.tensor([0.4, 0.5, 0.6]))
+    assert [stage.stop(loss).tolist() for stage in editor.stages()] == [[False, True, True], [False, False, True]]
+    editor = top(tiny_base("gpt2"), rel_feat_layer=2, stop1_probability=3e-3, v_num_grad_steps1=20)
+    fit(editor, EDITED, tmp_path, batch_size=3)
+    first = editor.outcomes[0]
+    assert torch.equal(first.converged, first.probability >= 3e-3)
+    assert first.converged.any(), first.probability
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.5])
+def test_a_probability_is_one(probability: float) -> None:
+    with pytest.raises(KeditError, match="stop1_probability: expected a probability above 0, at most 1, or null"):
+        top(tiny_base("gpt2"), stop1_probability=probability)
