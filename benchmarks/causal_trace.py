@@ -127,7 +127,7 @@ def main(words: Sequence[str] | None = None) -> None:
     quiet()
     layers = args.layers or SHAPES[args.shape].layers
     base, facts = build(SHAPES[args.shape], layers, "float32", "cpu"), prompt_set()[0]
-    level = noise_level(base, facts, 3.0)
+    level = noise_level(base, sorted({fact.subject for fact in facts}), 3.0)
     table = Table(
         "Causal tracing, all cells together against cell by cell",
         "benchmarks.causal_trace",

@@ -124,8 +124,7 @@ def main() -> None:
         (folder / "texts.txt").write_text("\n".join(Corpus(world, 0).texts(6000)))
         edits = datasets.load("jsonl", folder / "facts.jsonl")
         fresh = edits[args.facts :]
-        knows = answered(base, fresh, [-1] * len(fresh), "target_true")
-        others = [edit for edit, yes in zip(fresh, knows, strict=True) if yes][: args.others]
+        others = [one.edit for one in answered(base, fresh, "target_true") if one][: args.others]
         for kind in args.editors:
             statistics = Statistics(str(folder / "texts.txt"), tokens=20_000)
             line = row(shipped(kind, base, statistics=statistics), folder, others, args)

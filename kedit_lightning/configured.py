@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from kedit_lightning.callbacks.base import EditCallback
 from kedit_lightning.errors import KeditError
+from kedit_lightning.messages import wrong_file
 from kedit_lightning.parsing import OneLineCLI
 from kedit_lightning.run import CONFIG, SETTINGS, newest
 from kedit_lightning.usage import TRAINER_COMMANDS
@@ -78,6 +80,31 @@ def run_trainer(args: Sequence[str]) -> None:
         save_config_kwargs={"save_to_log_dir": False},
         args=_resuming(args),
     )
+
+
+def trains(args: Sequence[str]) -> bool:
+    """Whether a command line of `fit` trains a hypernetwork (`MENDTraining`, `MALMENTraining`) instead of editing.
+
+    Args:
+        args: The whole command line; configurations that cannot be read say nothing here.
+    """
+    from kedit_lightning.hypernetworks.training import HypernetworkTraining
+
+    named = ""
+    for i, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        value = value or "".join(args[i + 1 : i + 2])
+        if option in ("-c", "--config") and not wrong_file(Path(value)):
+            named = _model(Path(value)) or named
+        elif option in ("--model", "--model.class_path"):
+            named = value
+    return named.rpartition(".")[2] in {kind.__name__ for kind in HypernetworkTraining.__subclasses__()}
+
+
+def _model(config: Path) -> str:
+    """The class that a readable configuration says its model is of; empty where it says nothing."""
+    model = yaml.safe_load(config.read_text(encoding="utf-8")).get("model")
+    return str(model.get("class_path", "")) if isinstance(model, dict) else ""
 
 
 def _resuming(args: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from kedit_lightning.callbacks.console import Console
+from kedit_lightning.callbacks.console import say
 from kedit_lightning.callbacks.figures import SCORES as COLOURS
 from kedit_lightning.callbacks.figures import STYLE, blank, headline, keep
 from kedit_lightning.data.datamodule import EditDataModule
@@ -126,11 +126,7 @@ class GammaSearch:
             write_beside(path / "gamma.yaml", lambda path: path.write_text(overlay, encoding="utf-8"))
         found = "no γ keeps every score" if chosen is None else f"γ = {chosen:g} keeps every score"
         said = f"{found} within {100 * self.tolerance:g} points; run directory {path}"
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Console):
-                callback.close()
-                callback.out.print(table(rows, chosen))
-                callback.out.print(said, soft_wrap=True)
+        say(self.trainer, table(rows, chosen), said)
 
 
 def choose(rows: Sequence[Record], tolerance: float) -> float | None:

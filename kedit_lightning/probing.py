@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kedit_lightning import probes
-from kedit_lightning.callbacks.console import Console
+from kedit_lightning.callbacks.console import say
 from kedit_lightning.callbacks.figures import keep
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
@@ -51,7 +51,8 @@ def look(
         raise KeditError(msg)
     trainer.tell("on_stream_start", editor, len(datamodule.edits))
     editor.base.to(trainer.strategy.root_device)
-    study, found = Study(editor, datamodule.edits, SingleEdits(trainer, editor, datamodule, fit)), list[Finding]()
+    singles, found = SingleEdits(trainer, editor, datamodule, fit), list[Finding]()
+    study = Study(editor, datamodule.edits, singles, datamodule.subjects)
     with closing(trainer.edit_logger):
         editor.restore()
         try:
@@ -80,20 +81,13 @@ def keep_finding(trainer: EditTrainer, finding: Finding, n_edits: int) -> None:
 
 def _show(trainer: EditTrainer, findings: Sequence[Finding]) -> None:
     """Notes and short tables on the terminal, and where everything is."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Console):
-            callback.close()
-            said: set[tuple[str, str]] = set()
-            for finding in findings:
-                if 0 < len(finding.rows) <= SHOWN:
-                    callback.out.print(table(finding))
-                else:
-                    callback.out.print(Text(f"{finding.name}: {len(finding.rows)} rows", "italic"))
-                for note in flat(finding.notes):
-                    if note not in said:  # findings of one probe share some
-                        callback.out.print(Text("  {}: {}".format(*note)), soft_wrap=True)
-                    said.add(note)
-            callback.out.print(f"run directory {trainer.run.path}", soft_wrap=True, markup=False)
+    shown, said = list[Text | Table | str](), set[tuple[str, str]]()
+    for finding in findings:
+        short = 0 < len(finding.rows) <= SHOWN
+        shown.append(table(finding) if short else Text(f"{finding.name}: {len(finding.rows)} rows", "italic"))
+        shown += ["  {}: {}".format(*note) for note in flat(finding.notes) if note not in said]  # probes' share some
+        said |= set(flat(finding.notes))
+    say(trainer, *shown, f"run directory {trainer.run.path}")
 
 
 def table(finding: Finding) -> Table:

@@ -14,9 +14,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
-from kedit_lightning.callbacks.console import Console
+from kedit_lightning.callbacks.console import consoles, say
 from kedit_lightning.callbacks.figures import draw_scaling
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.data.protocols import without_conflicts
@@ -114,14 +112,14 @@ class Scaling:
                     done, left = done + count, left - count
                     remaining = timedelta(seconds=round((time.time() - started) / done * left))
                     if self.trainer.show_progress:
-                        self._say(f"{_described(point)}; {remaining} left")
+                        say(self.trainer, f"{_described(point)}; {remaining} left", close=False)
             finally:
                 self.editor.base.restore()
-                for console in self._consoles:
+                for console in consoles(self.trainer):
                     console.close()
-        for console in self._consoles if self._points() else []:
+        for console in consoles(self.trainer) if self._points() else []:
             console.out.print(scaling_table(self.trainer.run.path, console.out.width))
-        self._say(f"run directory {self.trainer.run.path}")
+        say(self.trainer, f"run directory {self.trainer.run.path}")
         return curve(self._points())
 
     # ------------------------------------------------------------------ points
@@ -205,14 +203,6 @@ class Scaling:
         draw_scaling(self.trainer, heading(self.settings), rows, unedited(points))
 
     # ------------------------------------------------------------------ the terminal
-
-    @property
-    def _consoles(self) -> list[Console]:
-        return [callback for callback in self.trainer.callbacks if isinstance(callback, Console)]  # type: ignore[attr-defined]
-
-    def _say(self, text: str) -> None:
-        for console in self._consoles:
-            console.out.print(Text(text), soft_wrap=True)
 
 
 def _described(point: Record) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from lightning import Trainer
 
 from kedit_lightning.callbacks.base import EditCallback
-from kedit_lightning.callbacks.console import Console
+from kedit_lightning.callbacks.console import say
 from kedit_lightning.data.datamodule import EditDataModule, given
 from kedit_lightning.editors import Editor
 from kedit_lightning.errors import KeditError
@@ -92,9 +92,7 @@ class Studies(Trainer):
         """
         self._alone("plan")
         found = plan(cast("EditTrainer", self), model, given(datamodule, "fit"))
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Console):
-                callback.out.print(table(found))
+        say(self, table(found))
         return found
 
     def statistics(self, model: Editor, datamodule: EditDataModule | None = None) -> None:

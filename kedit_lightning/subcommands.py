@@ -11,7 +11,7 @@ from typing import Any
 from docstring_parser import parse
 
 from kedit_lightning.callbacks.logs import quiet
-from kedit_lightning.configured import run_trainer
+from kedit_lightning.configured import run_trainer, trains
 from kedit_lightning.messages import number
 from kedit_lightning.parsing import OneLineParser
 from kedit_lightning.usage import TRAINER_COMMANDS
@@ -28,16 +28,16 @@ def run(command: str, args: list[str]) -> None:
     if number("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         logging.getLogger("kedit_lightning").setLevel(logging.ERROR)  # the first of several processes warns
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, where there is no network
-    if command in TRAINER_COMMANDS:
+    if command == "fit" and trains(args):
+        from kedit_lightning.hypernetworks.command import main as train
+
+        train(args)
+    elif command in TRAINER_COMMANDS:
         run_trainer(args)
     elif command == "pretrain":
         from kedit_lightning.almanac.pretrain import main as pretrain
 
         pretrain(args[1:])
-    elif command == "train_editor":
-        from kedit_lightning.hypernetworks.command import main as train_editor
-
-        train_editor(args[1:])
     elif command == "tasks":
         from kedit_lightning.tasks.command import main as tasks
 

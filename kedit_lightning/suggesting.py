@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from kedit_lightning.callbacks.console import Console
+from kedit_lightning.callbacks.console import say
 from kedit_lightning.callbacks.figures import INK, SCORES, STYLE, band, blank, headline
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import JEEP, MEMIT, RETS, ROME, TOP, Editor
@@ -92,22 +91,25 @@ class Suggestion:
         with closing(trainer.edit_logger):
             editor.restore()
             known = self._known()
-            place, *others = self._places(Study(editor, known, self.singles))
+            place, *others = self._places(self._study(known))
             if others:
                 place = self._sweep(
                     [place, *others], random.Random(self.seed).sample(known, min(self.edits, len(known)))
                 )
             path = self._write(place)
-        self._say(*self.why, f"{path}: {place.settings}")
+        say(trainer, *self.why, f"{path}: {place.settings}")
         return path
 
     # ------------------------------------------------------------------ looking
 
+    def _study(self, edits: Sequence[Edit]) -> Study:
+        return Study(self.editor, edits, self.singles, self.datamodule.subjects)
+
     def _known(self) -> list[Edit]:
         """The facts that the model knows."""
-        sample = Study(self.editor, self.datamodule.edits, self.singles).sample(self.facts, self.seed)
-        knows = answered(self.base, sample, [-1] * len(sample), "target_true")
-        known = usable(sample, knows, "the model's next token to be the whole target_true")
+        sample = self._study(self.datamodule.edits).sample(self.facts, self.seed)
+        knows = answered(self.base, sample, "target_true")
+        known = usable(sample, [one is not None for one in knows], "the model's next token to be the whole target_true")
         self.why.append(
             f"{len(known)} of {len(sample)} facts were used: those that the model knows: its likeliest next token is "
             "the whole target_true"
@@ -180,7 +182,7 @@ class Suggestion:
         )
         self.why += [f"the records have no prompts for {', '.join(missing)}: not part of that score"] * bool(missing)
         keep_finding(self.trainer, Finding("sweep", rows, draw(rows), {"why": self.why}), len(edits))
-        self._say(table(rows, best))
+        say(self.trainer, table(rows, best))
         return places[best]
 
     def lines(self, place: Place, edits: Sequence[Edit], evaluator: Evaluator) -> list[dict[str, float]]:
@@ -214,13 +216,6 @@ class Suggestion:
         text = "".join(f"# {line}\n" for line in [*head, *self.why]) + yaml.safe_dump(content, sort_keys=False)
         write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
         return path
-
-    def _say(self, *shown: Any) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Console):
-                callback.close()
-                for one in shown:
-                    callback.out.print(Text(one) if isinstance(one, str) else one, soft_wrap=True)
 
 
 def row_of(place: Place, metrics: EditMetrics) -> Record:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 TRAINER_COMMANDS: Mapping[str, str] = MappingProxyType(
     {
-        "fit": "edit a stream of facts, measured before and after",
+        "fit": "edit a stream of facts, measured before and after; train what MEND and MALMEN edit with",
         "plan": "say what `fit` will take before anything runs, and whether it fits",
         "validate": "measure the unedited model",
         "test": "measure an edited model (--delta)",
@@ -32,7 +32,6 @@ OTHER_COMMANDS: Mapping[str, str] = MappingProxyType(
         "words": "build the word sets of facts that the contrast probe looks for (JEEP, Fig. 5)",
         "tables": "put the numbers that a paper prints beside those of runs",
         "tasks": "measure general abilities, and what an edited model keeps of them (--delta)",
-        "train_editor": "train the hypernetwork of an editor that learns to edit (MEND, MALMEN)",
         "pretrain": "train the almanac's model from scratch",
     }
 )

@@ -462,7 +462,7 @@ def test_every_hypernetwork_is_trained_by_its_configuration(deep: Deep, name: st
         "trainer.logger.init_args.save_dir": tmp_path,
     }
     config = ROOT / f"configs/hypernetworks/{name}.yaml"
-    done("train-editor", "--config", config, *(f"--{key}={value}" for key, value in overrides.items()))
+    done("fit", "--config", config, *(f"--{key}={value}" for key, value in overrides.items()))
     logger = content["trainer"]["logger"]["init_args"]["name"]
     assert (tmp_path / logger / "version_0" / "hypernetwork.safetensors").is_file()
 
@@ -516,7 +516,7 @@ def experiment(name: str) -> str:
 def test_the_first_line_is_the_command(name: str) -> None:
     command = text(name).splitlines()[0]
     kedit, method, *args = shlex.split(command.removeprefix("# "))
-    folders = {"tasks": "tasks", "experiments": experiment(name), "hypernetworks": "train-editor"}
+    folders = {"tasks": "tasks", "experiments": experiment(name)}
     folder = folders.get(Path(name).parent.name, "fit")
     assert (kedit, method) == ("kedit", "pretrain" if name.endswith("pretrain.yaml") else folder)
     assert args[::2] == ["--config"] * (len(args) // 2)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import rich.console
 from lightning import LightningModule, Trainer
+from rich.table import Table
 from rich.text import Text
 
 from kedit_lightning.callbacks.base import EditCallback
@@ -245,6 +246,26 @@ class Console(EditCallback):
             ]
         for name, value in rows:
             self.rows.line(Text.assemble((f"{name:<14}", "bold"), value))
+
+
+def consoles(trainer: Trainer) -> list[Console]:
+    """The consoles among the callbacks; none where nothing is to be shown."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Console)]  # type: ignore[attr-defined]
+
+
+def say(trainer: Trainer, *shown: Text | Table | str, close: bool = True) -> None:
+    """Print texts and tables on the terminal.
+
+    Args:
+        trainer: Whose callbacks show them.
+        shown: One below the other; texts are not broken into lines, and mean no markup.
+        close: Whether the bars are taken away before, for good.
+    """
+    for console in consoles(trainer):
+        if close:
+            console.close()
+        for one in shown:
+            console.out.print(Text(one) if isinstance(one, str) else one, soft_wrap=not isinstance(one, Table))
 
 
 def _talks(trainer: Trainer) -> bool:

@@ -99,6 +99,7 @@ class EditDataModule(LightningDataModule):
         self.on_conflict: OnConflict = on_conflict
         self.options, self.snippets = options or {}, snippets
         self.edits: list[Edit] = []
+        self.subjects: list[str] = []  # of all records, what start and stop leave out too
         self.current: list[Edit] = []
 
     def setup(self, stage: str) -> None:
@@ -120,6 +121,7 @@ class EditDataModule(LightningDataModule):
         if not asked:
             msg = f"nothing to edit: {len(loaded)} records, of which {self.start}:{self.stop} were asked for"
             raise DataError(msg)
+        self.subjects = list(dict.fromkeys(edit.subject for edit in loaded))
         self.edits = without_conflicts(asked, self.batch_size, self.on_conflict)
 
     def reference_texts(self) -> datasets.ReferenceTexts | None:

@@ -16,12 +16,11 @@ from kedit_lightning.delta import WeightDelta
 from kedit_lightning.editors.base import Editor
 from kedit_lightning.editors.stages import Loss, Stage
 from kedit_lightning.edits import Edit, Site
-from kedit_lightning.errors import KeditError, RejectedError
+from kedit_lightning.errors import RejectedError
 from kedit_lightning.hypernetworks import files
-from kedit_lightning.hypernetworks.capture import Capture, counted, without_zeros
+from kedit_lightning.hypernetworks.capture import Capture, counted, memory, require, without_zeros
 from kedit_lightning.hypernetworks.network import Factors, Hypernetwork
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.models.devices import free_memory
 from kedit_lightning.models.processes import share, summed
 
 
@@ -34,7 +33,7 @@ class LearnedEditor(Editor):
 
     Args:
         base: The frozen base model.
-        hypernetwork: The file that `kedit train-editor` leaves, its folder, or that of its versions (the newest).
+        hypernetwork: The file that the training leaves, its folder, or that of its versions (the newest).
         scale: Factor of the update.
         max_tokens: As in `Editor`.
 
@@ -83,14 +82,7 @@ class LearnedEditor(Editor):
         for part in self.parts:
             self.lengths[part.index] = counted(part.bare_rows, self.purpose.tokens).sum(dim=1)
         self.found: dict[int, dict[Site, Factors]] = {}
-        needed, free = self._bytes(int(self.lengths.sum())), free_memory(device("cpu"))
-        if needed > free:
-            msg = (
-                f"{len(edits):,} edits together need about {needed / 2**30:.1f} GiB for keys and gradients of "
-                f"{int(self.lengths.sum()):,} tokens, {free / 2**30:.1f} GiB are free: set data.batch_size to at most "
-                f"{max(1, len(edits) * free // needed):,}"
-            )
-            raise KeditError(msg)
+        require(self._shapes(), len(edits), int(self.lengths.sum()))
 
     def locate(self) -> None:
         """No value is optimised."""
@@ -166,18 +158,15 @@ class LearnedEditor(Editor):
 
     def update_size(self, n: int) -> int:
         """Bytes of updates of n edits at most: of a rank of their tokens, or dense."""
-        shapes = [self.base.weight(name).shape for name in self.names()]
-        return 4 * sum(min(LONG * n * (out + inner), out * inner) for out, inner in shapes)
+        return 4 * sum(min(LONG * n * (out + inner), out * inner) for out, inner in self._shapes())
 
     def needs(self, n: int) -> dict[device, tuple[int, int]]:
         """Factors in main memory, and the solve with one matrix."""
         k = max(self.base.weight(site).shape[1] for site in self.sites())
-        return {device("cpu"): (8 * 3 * k * k, self._bytes(LONG))}
+        return {device("cpu"): (8 * 3 * k * k, memory(self._shapes(), LONG))}
 
-    def _bytes(self, tokens: int) -> int:
-        """What factors of tokens take, with a copy of the largest matrix's."""
-        widths = [sum(self.base.weight(site).shape) for site in self.sites()]
-        return 4 * tokens * (sum(widths) + 3 * max(widths))
+    def _shapes(self) -> list[torch.Size]:
+        return [self.base.weight(site).shape for site in self.sites()]
 
 
 LONG = 32

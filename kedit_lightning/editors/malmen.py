@@ -10,13 +10,13 @@ from kedit_lightning.models import LanguageModel
 class MALMEN(LearnedEditor):
     """Massive editing by meta-learning (Tan et al., 2023, https://arxiv.org/abs/2311.04661).
 
-    Trained beforehand by `kedit train-editor` on a `MALMENTraining`. A network as MEND's gives for each token of an
+    `kedit fit` of a `MALMENTraining` trains it beforehand. A network as MEND's gives for each token of an
     answer the change ``d = −η (k·k̃) g̃`` that its value wants; ``Δ = Dᵀ K (KᵀK + e^λ I)⁻¹`` reconciles those of all
     edits, solved in float64. η and λ are learned a matrix. Any number of edits, in one batch.
 
     Args:
         base: The frozen base model.
-        hypernetwork: The file that `kedit train-editor` leaves, its folder, or that of its versions (the newest).
+        hypernetwork: The file that the training leaves, its folder, or that of its versions (the newest).
         max_tokens: Tokens that go through the model together, padding included, as in `Editor`.
 
     Raises:

@@ -10,14 +10,14 @@ from kedit_lightning.models import LanguageModel
 class MEND(LearnedEditor):
     """Editing by transformed gradients (Mitchell et al., 2022, https://arxiv.org/abs/2110.11309).
 
-    Trained beforehand by `kedit train-editor` on a `MENDTraining`. Keys and output gradients of the last layers' MLPs
+    `kedit fit` of a `MENDTraining` trains it beforehand. Keys and output gradients of the last layers' MLPs
     are standardised by what they were in training, transformed by a small network a weight shape, and each matrix
     takes the sum of rank-one pseudo-gradients over all tokens of all edits: ``Δ = α Σ g̃ k̃ᵀ``, α learned a matrix.
     Many edits are many terms of one sum, with nothing that keeps them apart.
 
     Args:
         base: The frozen base model.
-        hypernetwork: The file that `kedit train-editor` leaves, its folder, or that of its versions (the newest).
+        hypernetwork: The file that the training leaves, its folder, or that of its versions (the newest).
         lr_scale: Factor of the learned step sizes.
         max_tokens: Tokens that go through the model together, padding included, as in `Editor`.
 

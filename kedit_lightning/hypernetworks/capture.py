@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from kedit_lightning import objectives
 from kedit_lightning.edits import Site
+from kedit_lightning.errors import KeditError
 from kedit_lightning.hypernetworks.network import Factors
 from kedit_lightning.models import Batch, LanguageModel
+from kedit_lightning.models.devices import free_memory
 
 Tokens = Literal["answer", "all"]
 """At which tokens: those that predict the answer, or all."""
@@ -53,6 +55,32 @@ class Capture:
 def counted(rows: Batch, tokens: Tokens) -> Tensor:
     """At which tokens of rows factors are kept, booleans of shape ``(b, t)``."""
     return rows.labels >= 0 if tokens == "answer" else rows.attention_mask > 0
+
+
+def memory(shapes: Iterable[Sequence[int]], tokens: int) -> int:
+    """Bytes that factors of tokens take in main memory, with a copy of the largest matrix's; shapes are ``(d, k)``."""
+    widths = [sum(shape) for shape in shapes]
+    return 4 * tokens * (sum(widths) + 3 * max(widths))
+
+
+def require(shapes: Iterable[Sequence[int]], n: int, tokens: int) -> None:
+    """Refuse, before anything is done, more edits than main memory holds keys and gradients of.
+
+    Args:
+        shapes: ``(d, k)`` of the matrices.
+        n: Edits of a batch.
+        tokens: Tokens of all of them.
+
+    Raises:
+        KeditError: It takes more than is free; the message says for how many edits there is room.
+    """
+    needed, free = memory(shapes, tokens), free_memory(torch.device("cpu"))
+    if needed > free:
+        msg = (
+            f"{n:,} edits together need about {needed / 2**30:.1f} GiB for keys and gradients of {tokens:,} tokens, "
+            f"{free / 2**30:.1f} GiB are free: set data.batch_size to at most {max(1, n * free // needed):,}"
+        )
+        raise KeditError(msg)
 
 
 def without_zeros(factors: Factors) -> Factors:

@@ -1,4 +1,4 @@
-"""`kedit train-editor`: trains the hypernetwork of MEND or MALMEN, which `kedit fit` then edits with."""
+"""`kedit fit` of a `MENDTraining` or `MALMENTraining`: trains the hypernetwork that MEND or MALMEN then edits with."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def main(args: list[str]) -> None:
     """Run the training.
 
     Args:
-        args: Command line, for instance ``["--config", "configs/hypernetworks/mend_almanac.yaml"]``.
+        args: Command line, for instance ``["fit", "--config", "configs/hypernetworks/mend_almanac.yaml"]``.
 
     Raises:
         KeditError: The model, the triples or a setting cannot be used.
@@ -87,7 +87,7 @@ def main(args: list[str]) -> None:
         subclass_mode_model=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        args=["fit", *args],
+        args=args,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"callbacks": [KeepBest()], "num_sanity_val_steps": 0},  # nothing is normalised before a step
     )

@@ -23,6 +23,7 @@ from kedit_lightning.writing import write_beside
 
 FORMAT = "kedit-hypernetwork-1"
 FILE = "hypernetwork.safetensors"
+TRAINS = "`kedit fit --config configs/hypernetworks/…` trains"
 KINDS: tuple[type[Hypernetwork], ...] = (MENDNetwork, MALMENNetwork)
 
 
@@ -102,11 +103,11 @@ def load(path: Path, base: LanguageModel, kind: type[Hypernetwork]) -> tuple[Hyp
     file = newest(path, FILE) / FILE if path.is_dir() else path
     header, about, tensors = _read(file)
     if about["kind"] != kind.__name__:
-        msg = f"{file}: expected a {kind.__name__}, got a {about['kind']}; `kedit train-editor` makes one of each kind"
+        msg = f"{file}: expected a {kind.__name__}, got a {about['kind']}; {TRAINS} one of each kind"
         raise KeditError(msg)
     purpose = Purpose(**about["purpose"])
     if not purpose.steps:
-        msg = f"{file}: this hypernetwork is untrained; `kedit train-editor` trains one"
+        msg = f"{file}: this hypernetwork is untrained; {TRAINS} one"
         raise KeditError(msg)
     network = kind(about["shapes"], **about["settings"])
     network.load_state_dict(tensors)
@@ -114,7 +115,7 @@ def load(path: Path, base: LanguageModel, kind: type[Hypernetwork]) -> tuple[Hyp
     if not there or Purpose.on(base, purpose.layers, purpose.parts, purpose.tokens).fingerprint != purpose.fingerprint:
         msg = (
             f"{file}: this hypernetwork was trained on another model ({purpose.base}): configuration, tokenizer, "
-            f"dtype or edited matrices differ from those of {base.name_or_path}; train one on it (`kedit train-editor`)"
+            f"dtype or edited matrices differ from those of {base.name_or_path}; {TRAINS} one on it"
         )
         raise KeditError(msg)
     return network.requires_grad_(False), purpose, header["sha256"]
@@ -123,7 +124,7 @@ def load(path: Path, base: LanguageModel, kind: type[Hypernetwork]) -> tuple[Hyp
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
     """Header, description and tensors, whole."""
     if not file.is_file():
-        msg = f"{file}: no such hypernetwork; `kedit train-editor --config configs/hypernetworks/…` trains one"
+        msg = f"{file}: no such hypernetwork; {TRAINS} one"
         raise KeditError(msg)
     try:
         with safe_open(file, "pt") as opened:

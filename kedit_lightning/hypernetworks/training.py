@@ -13,7 +13,7 @@ from torch import Tensor
 from kedit_lightning import objectives
 from kedit_lightning.edits import Edit, Part, Site
 from kedit_lightning.errors import KeditError
-from kedit_lightning.hypernetworks.capture import Capture, Tokens, answers, without_zeros
+from kedit_lightning.hypernetworks.capture import Capture, Tokens, answers, require, without_zeros
 from kedit_lightning.hypernetworks.data import Triple
 from kedit_lightning.hypernetworks.files import Purpose, shapes
 from kedit_lightning.hypernetworks.malmen import MALMENNetwork
@@ -109,11 +109,14 @@ class HypernetworkTraining(LightningModule):
         """The base model joins the hypernetwork on its device.
 
         Raises:
-            KeditError: There are several processes.
+            KeditError: There are several processes, or more edits in a batch than memory for their keys and gradients.
         """
         if self.trainer.world_size > 1:
             msg = f"trainer.devices: a hypernetwork is trained by one process, got {self.trainer.world_size}"
             raise KeditError(msg)
+        edits, n = self.trainer.datamodule.edits, self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        lengths = sorted(len(self.base.encode(edit.text, edit.target_new).ids) for edit in edits)
+        require(self.network.shapes.values(), n, sum(lengths[-n:]))
         self.base.to(self.device)
         self.base.restore()
         self.budget = self.max_tokens or token_budget(self.base)

@@ -48,9 +48,10 @@ class CorruptedRun:
         row: The prompt.
         noise: What is added to the output of the token embedding in each copy, shape ``(n, t, d)``.
         parts: The parts of layers that will be restored.
+        answer: The token that is asked for; null: the likeliest next one of the clean run.
 
     Attributes:
-        answer: The likeliest next token of the clean run.
+        answer: The token that is asked for.
         high: Its probability there.
         low: Its mean probability over the corrupted copies.
 
@@ -59,7 +60,9 @@ class CorruptedRun:
     """
 
     @torch.no_grad()
-    def __init__(self, base: LanguageModel, row: Row, noise: Tensor, parts: Sequence[Part]) -> None:
+    def __init__(
+        self, base: LanguageModel, row: Row, noise: Tensor, parts: Sequence[Part], answer: int | None = None
+    ) -> None:
         n, t, _ = noise.shape
         self.base, self.copies, self.length = base, n, t
         self._rows = collate([row] * (1 + n)).to(base.device)
@@ -75,7 +78,7 @@ class CorruptedRun:
             stack.callback(embed.register_forward_hook(corrupt).remove)
             self._kept = stack.enter_context(keeping(base, modules))
             logits = base.logits(self._rows, at=(everyone, torch.full_like(everyone, t - 1)))
-        self.answer = int(logits[0].argmax())
+        self.answer = int(logits[0].argmax()) if answer is None else answer
         found = self._probabilities(logits)
         self.high, self.low = float(found[0]), float(found[1:].mean())
         touched = noise.ne(0).any(dim=2).any(dim=0).nonzero()

@@ -93,7 +93,10 @@ class SuffixGroup(FullForward):
                 base.run(rows, last)
         cache = kept.cache
         if [cache.get_seq_length(layer) for layer in range(len(cache))] != [t] * (last + 1):
-            msg = "this model keeps no plain cache of keys and values in every layer: set `forward: full`"
+            msg = (
+                "this model keeps no plain cache of keys and values in every layer: editors can do without (set "
+                "`forward: full`), causal traces cannot"
+            )
             raise ModelError(msg)
 
         def some(x: Tensor, where: Tensor, dim: int) -> Tensor:

@@ -44,11 +44,13 @@ class Study:
         editor: The editor, on the unedited model.
         edits: The edits of the data module.
         singles: Makes edits side by side.
+        subjects: All subjects of the data set, each once, also those that the data module leaves out.
     """
 
     editor: Editor
     edits: Sequence[Edit]
     singles: SingleEdits
+    subjects: Sequence[str]
 
     @property
     def base(self) -> LanguageModel:

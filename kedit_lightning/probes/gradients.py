@@ -132,12 +132,14 @@ class Gradients:
 
     def _add(self, layer: int, found: Tensor, edits: Tensor) -> None:
         """Keep what is found of a layer, ``(m, 7)``, for those of these edits that make the step."""
-        outcome, empty = self.editor.outcome, torch.full(self.shape, torch.nan)
+        outcome = self.editor.outcome
         steps = outcome.steps[edits] - 1
         edits = edits[~outcome.converged[edits] & (steps < self.shape[1])]
         place = [self.place[self.editor.edits[i]] for i in edits.tolist()]
-        values = self.maps.setdefault((self.editor.layer, outcome.stage), empty)
-        values[place, outcome.steps[edits] - 1, layer] = found[edits].float()
+        stage = self.editor.layer, outcome.stage
+        if stage not in self.maps:
+            self.maps[stage] = torch.full(self.shape, torch.nan)
+        self.maps[stage][place, outcome.steps[edits] - 1, layer] = found[edits].float()
 
 
 def pooled(norms: Tensor, kinds: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.metrics.functional import summarize
-from kedit_lightning.models import Batch, LanguageModel, collate
+from kedit_lightning.models import Batch, LanguageModel, buckets, collate
+from kedit_lightning.models.memory import token_budget
 from kedit_lightning.probes.base import Finding, Probe, Study
 from kedit_lightning.probes.token_classes import classes_of
 from kedit_lightning.report import count
@@ -64,8 +65,10 @@ class ConditionalIndependence(Probe):
             for block, owners in study.singles.blocks(edits):
                 made = [i for i, owner in enumerate(owners) if owner >= 0]
                 rejected += len(block) - len(made)
-                if made:
-                    rows += probabilities(base, [block[i] for i in made], [owners[i] for i in made], layers)
+                lengths = [len(base.encode(block[i].text, block[i].target_new).ids) for i in made]
+                for part in buckets(lengths, token_budget(base)):
+                    some = [made[i] for i in part]
+                    rows += probabilities(base, [block[i] for i in some], [owners[i] for i in some], layers)
         if not rows:
             msg = f"ConditionalIndependence: all {count(len(edits))} were rejected; give other edits"
             raise KeditError(msg)

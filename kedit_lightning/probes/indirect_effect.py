@@ -12,14 +12,23 @@ import torch
 from torch import Tensor
 
 from kedit_lightning.callbacks.figures import INK, SCORES, STYLE, blank, headline
-from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.metrics.functional import summarize
 from kedit_lightning.models.progress import steps
-from kedit_lightning.probes.base import Finding, Probe, Study, usable
+from kedit_lightning.probes.base import Finding, Probe, Study
 from kedit_lightning.probes.token_classes import CLASSES
-from kedit_lightning.probes.tracing import CORRUPTED, Kind, Tracer, answered, by_class, check, noise_level
+from kedit_lightning.probes.tracing import (
+    CORRUPTED,
+    Asked,
+    Kind,
+    Tracer,
+    by_class,
+    check,
+    noise_level,
+    of_edited,
+    of_original,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,31 +76,21 @@ class RelativeIndirectEffect(Probe):
 
     def look(self, study: Study) -> Iterator[Finding]:
         """As `Probe.look`."""
-        base, sample = study.base, study.sample(self.edits, self.seed)
-        tracer = Tracer(base, noise_level(base, study.edits, self.noise), self.copies, self.kinds)
-        known = answered(base, sample, [-1] * len(sample), "target_true")
-        edits = usable(sample, known, "the model's next token to be the whole target_true")
-        right, after = list[bool](), list[_Effects | None]()
-        done, total = count(1), 2 * len(edits)
+        tracer = Tracer(study.base, noise_level(study.base, study.subjects, self.noise), self.copies, self.kinds)
+        asked, found = of_original(study, self.edits, self.seed)
+        done = count(1)
         with steps("relative indirect effect") as step:
 
-            def traced(edit: Edit, owner: int, note: str) -> _Effects:
-                step(next(done), total, note)
-                return effects_of(tracer, edit, owner)
+            def traced(one: Asked) -> _Effects:
+                step(next(done), 2 * len(asked), "edited" if one.owner >= 0 else "original")
+                return effects_of(tracer, one)
 
-            before = [traced(edit, -1, "original") for edit in edits]
+            before = [traced(one) for one in asked]
             with study.singles.ready():
-                for block, owners in study.singles.blocks(edits):
-                    yes = answered(base, block, owners, "target_new")
-                    right += yes
-                    after += [
-                        traced(edit, owner, "edited") if one else None
-                        for edit, owner, one in zip(block, owners, yes, strict=True)
-                    ]
-        usable(edits, right, "an edited model's next token to be the whole target_new")
+                after = [traced(one) if one else None for one in of_edited(study, [one.edit for one in asked])]
         pairs = [(x, y) for x, y in zip(before, after, strict=True) if y is not None]
-        rows, notes = [], {"edits": len(sample), "used": len(pairs)}
-        notes |= {"unanswered_by_original": known.count(False), "unanswered_by_edited": right.count(False)}
+        rows, notes = list[Record](), {"edits": found["edits"], "used": len(pairs)}
+        notes |= {"unanswered_by_original": found["unanswered"], "unanswered_by_edited": after.count(None)}
         gaps: Record = {}
         for kind in self.kinds:
             more, gap = compare(pairs, kind, self.floor)
@@ -109,12 +108,12 @@ _Effects = tuple[list[str], dict[Kind, Tensor]]
 """The class of every token of a prompt; and by kind the indirect effects, ``(t, layers)``, nan where there are none."""
 
 
-def effects_of(tracer: Tracer, edit: Edit, owner: int) -> _Effects:
+def effects_of(tracer: Tracer, asked: Asked) -> _Effects:
     """The indirect effects of a prompt's tokens, each from the run in which it is corrupted."""
     found: dict[Kind, Tensor] = {}
     classes: list[str] = []
     for corrupt, names in CORRUPTED.items():
-        if (trace := tracer(edit, corrupt, owner)) is None:
+        if (trace := tracer(asked, corrupt)) is None:
             continue
         classes, mine = trace.classes, torch.tensor([name in names for name in trace.classes])
         for kind, effects in trace.effects.items():

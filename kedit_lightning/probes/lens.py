@@ -50,7 +50,7 @@ def states(base: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def unembedded(base: LanguageModel, hidden: Tensor, *, final_norm: bool) -> Tensor:
-    """Logits of hidden states in float32, computed in the type of the weights.
+    """Logits of hidden states in float32, computed in the type of the weights; without the final norm not in float16.
 
     Args:
         base: The model.
@@ -63,7 +63,11 @@ def unembedded(base: LanguageModel, hidden: Tensor, *, final_norm: bool) -> Tens
     """
     head: nn.Module = base.model.get_output_embeddings()
     if not final_norm:
-        logits: Tensor = head(hidden.to(next(head.parameters())))
+        given = next(head.parameters())
+        if given.dtype == torch.float16:  # what no norm has made small may be beyond it
+            wide = {name: weight.float() for name, weight in head.named_parameters()}
+            return torch.func.functional_call(head, wide, hidden.to(given.device))  # type: ignore[no-any-return]
+        logits: Tensor = head(hidden.to(given))
         return logits.float()
 
     def put(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from kedit_lightning.editors.checks import ascending, at_least
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
+from kedit_lightning.metrics.functional import summarize
 from kedit_lightning.models.full import Forwards
 from kedit_lightning.probes.base import Finding, Probe, Study
 from kedit_lightning.probes.gradients import Gradients, Prompts, WatchedForward
@@ -60,7 +61,7 @@ class GradientSaliency(Probe):
         editor, edits = study.editor, study.sample(self.edits, self.seed)
         name = type(editor).__name__
         if "compress" not in editor.config:
-            msg = f"GradientSaliency: expected an editor that optimises a value, got {name}, which optimises weights"
+            msg = f"GradientSaliency: expected an editor that optimises a value, got {name}, which optimises none"
             raise KeditError(msg)
         gradients = self._gradients(study, edits)
         if not gradients.used:
@@ -108,21 +109,14 @@ def summary(values: Tensor, epochs: int, edit_layer: int, stage: str) -> list[Re
         stage: The stage.
     """
     of_edit = values[:, :epochs].double().nanmean(dim=1)
-    n = (~of_edit.isnan()).sum(dim=0)
-    mean = of_edit.nanmean(dim=0)
-    half = 1.96 * (of_edit - mean).square().nanmean(dim=0).sqrt() / n.sqrt()
+    layers = torch.nonzero((~of_edit.isnan()).any(dim=2).any(dim=0))[:, 0].tolist()
+    found = {(layer, token): summarize(of_edit[:, layer, i]) for layer in layers for i, token in enumerate(CLASSES)}
     return [
         {
-            "edit_layer": edit_layer,
-            "stage": stage,
-            "layer": layer,
-            "token": token,
-            "gradient": float(mean[layer, i]),
-            "ci95": float(half[layer, i]),
-            "edits": int(n[layer, i]),
+            **{"edit_layer": edit_layer, "stage": stage, "layer": layer, "token": token},
+            **{"gradient": mean.mean, "ci95": mean.ci95, "edits": mean.n},
         }
-        for layer in torch.nonzero(n.sum(dim=1))[:, 0].tolist()
-        for i, token in enumerate(CLASSES)
+        for (layer, token), mean in found.items()
     ]
 
 

@@ -9,14 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kedit_lightning.callbacks.figures import INK, OTHERS, SCORES, STYLE, band, blank, headline
-from kedit_lightning.edits import Edit, Part
+from kedit_lightning.edits import Part
 from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.metrics.functional import summarize
 from kedit_lightning.models.progress import steps
-from kedit_lightning.probes.base import Finding, Probe, Study, usable
+from kedit_lightning.probes.base import Finding, Probe, Study
 from kedit_lightning.probes.token_classes import CLASSES
-from kedit_lightning.probes.tracing import Corrupt, Kind, Trace, Tracer, answered, by_class, check, noise_level
+from kedit_lightning.probes.tracing import (
+    Asked,
+    Corrupt,
+    Kind,
+    Trace,
+    Tracer,
+    by_class,
+    check,
+    noise_level,
+    of_edited,
+    of_original,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,37 +86,24 @@ class CausalTrace(Probe):
 
     def look(self, study: Study) -> Iterator[Finding]:
         """As `Probe.look`."""
-        base, sample = study.base, study.sample(self.edits, self.seed)
-        tracer = Tracer(base, noise_level(base, study.edits, self.noise), self.copies, self.kinds)
-        known = answered(base, sample, [-1] * len(sample), "target_true")
-        edits = usable(sample, known, "the model's next token to be the whole target_true")
-        notes = {"edits": len(sample), "unanswered": len(sample) - len(edits), "noise_std": tracer.level}
-        done, total = count(1), len(edits) * len(self.corrupt) * (1 + self.edited)
+        tracer = Tracer(study.base, noise_level(study.base, study.subjects, self.noise), self.copies, self.kinds)
+        asked, found = of_original(study, self.edits, self.seed)
+        notes, done = {**found, "noise_std": tracer.level}, count(1)
         with steps("causal trace") as step:
 
-            def traced(prompts: Sequence[tuple[Edit, int]]) -> list[list[Trace | None]]:
-                found: list[list[Trace | None]] = [[] for _ in self.corrupt]
-                for run, corrupt in zip(found, self.corrupt, strict=True):
-                    for edit, owner in prompts:
-                        run.append(tracer(edit, corrupt, owner))
-                        step(next(done), total, corrupt)
-                return found
+            def traced(one: Asked) -> list[Trace | None]:
+                step(next(done), len(asked) * (1 + self.edited), "edited" if one.owner >= 0 else "")
+                return [tracer(one, corrupt) for corrupt in self.corrupt]
 
-            before = traced([(edit, -1) for edit in edits])
+            before = [traced(one) for one in asked]
             yield from self._findings(before, notes, "")
             if not self.edited:
                 return
-            after: list[list[Trace | None]] = [[] for _ in self.corrupt]
-            right: list[bool] = []
+            edits = [one.edit for one in asked]
             with study.singles.ready():
-                for block, owners in study.singles.blocks(edits):
-                    yes = answered(base, block, owners, "target_new")
-                    prompts = [(edit, owner) for edit, owner, one in zip(block, owners, yes, strict=True) if one]
-                    after = [run + more for run, more in zip(after, traced(prompts), strict=True)]
-                    right += yes
-        usable(edits, right, "an edited model's next token to be the whole target_new")
-        notes |= {"edits": len(edits), "unanswered": right.count(False)}
-        yield from self._findings(after, notes, "_edited", before)
+                after = [traced(one) if one else None for one in of_edited(study, edits)]
+        notes |= {"edits": len(edits), "unanswered": after.count(None)}
+        yield from self._findings([trace for trace in after if trace], notes, "_edited", before)
 
     def _findings(
         self,
@@ -114,8 +112,8 @@ class CausalTrace(Probe):
         after: str,
         before: Sequence[Sequence[Trace | None]] = (),
     ) -> Iterator[Finding]:
-        """The mean of all, and the pictures of single edits, after an edit with what was before it."""
-        for i, (corrupt, run) in enumerate(zip(self.corrupt, traces, strict=True)):
+        """The mean of all, and the pictures of single edits, after an edit with what was before it; a line an edit."""
+        for i, (corrupt, run) in enumerate(zip(self.corrupt, zip(*traces, strict=True), strict=True)):
             if not (there := [trace for trace in run if trace is not None]):
                 msg = f"causal trace: expected prompts with {corrupt} tokens to corrupt, got none; leave {corrupt} out"
                 raise KeditError(msg)
@@ -128,7 +126,7 @@ class CausalTrace(Probe):
             for trace in there[: self.cases]:
                 case = f"{name}_case_{trace.edit.case_id}"
                 told = {"prompt": trace.edit.text, "answer": trace.answer, "clean": trace.high, "corrupted": trace.low}
-                same = [other for other in (before[i] if before else ()) if other and other.edit == trace.edit]
+                same = [line[i] for line in before if line[i] and line[i].edit == trace.edit]
                 yield Finding(case, single(trace), draw_single([*same, trace]), told)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from kedit_lightning.edits import Edit, Part, Token
 from kedit_lightning.errors import KeditError
+from kedit_lightning.lines import Record
 from kedit_lightning.models import LanguageModel, Row, buckets, collate
 from kedit_lightning.models.memory import token_budget
 from kedit_lightning.models.restoring import Cell, CorruptedRun
+from kedit_lightning.probes.base import Study, usable
 from kedit_lightning.probes.token_classes import CLASSES, classes_of
 
 Corrupt = Literal["subject", "relation"]
@@ -25,8 +28,24 @@ CORRUPTED: Mapping[Corrupt, Sequence[str]] = MappingProxyType(
 """Which token classes get noise: the subject's, or all others; a start token never does."""
 SEED = 1
 """Of numpy's generator, as in ROME's code; every run draws anew, so that all cells and models see the same noise."""
+TOKENS = 4096
+"""Tokens that are embedded together."""
 Kind = tuple[Part, int]
 """What is restored: the outputs of a part, in a window of so many layers."""
+
+
+class Asked(NamedTuple):
+    """A prompt that is answered as expected.
+
+    Attributes:
+        edit: Whose prompt.
+        owner: The edit that it sees, where edits are side by side; -1: none.
+        answer: The token that answers it; None: the model's likeliest next one.
+    """
+
+    edit: Edit
+    owner: int = -1
+    answer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,24 +88,24 @@ class Tracer:
     kinds: Sequence[Kind]
 
     @torch.no_grad()
-    def __call__(self, edit: Edit, corrupt: Corrupt, owner: int = -1) -> Trace | None:
+    def __call__(self, asked: Asked, corrupt: Corrupt) -> Trace | None:
         """Trace the answer that the model gives to an edit's prompt.
 
         Args:
-            edit: The edit.
+            asked: The prompt, and which answer.
             corrupt: Which tokens get noise.
-            owner: The edit that the model is to see, where edits are side by side.
 
         Returns:
             The trace; None: the prompt has no such tokens.
         """
-        base, row = self.base, prompt_of(self.base, edit, owner)
+        base, edit, row = self.base, asked.edit, prompt_of(self.base, asked.edit, asked.owner)
         classes, layers = classes_of(base, edit), base.num_layers
         where = [name in CORRUPTED[corrupt] for name in classes]
         if not any(where):
             return None
         width = embedded(base, row.ids[:1]).shape[-1]
-        run = CorruptedRun(base, row, noise_on(where, self.copies, width, self.level), [part for part, _ in self.kinds])
+        noise, parts = noise_on(where, self.copies, width, self.level), [part for part, _ in self.kinds]
+        run = CorruptedRun(base, row, noise, parts, asked.answer)
         cells = [cell for kind in self.kinds for cell in cells_of(kind, len(row.ids), layers)]
         effects = (run.scores(cells) - run.low).view(len(self.kinds), len(row.ids), layers)
         words = [str(base.tokenizer.decode([token])) + "*" * yes for token, yes in zip(row.ids, where, strict=True)]
@@ -101,22 +120,54 @@ def prompt_of(base: LanguageModel, edit: Edit, owner: int = -1) -> Row:
 
 
 @torch.no_grad()
-def answered(base: LanguageModel, edits: Sequence[Edit], owners: Sequence[int], field: str) -> list[bool]:
-    """Whether the likeliest next token of each edit's prompt is its whole answer, but for white space.
+def answered(
+    base: LanguageModel, edits: Sequence[Edit], field: str, owners: Sequence[int] | None = None
+) -> list[Asked | None]:
+    """The prompts whose likeliest next token is the edit's whole answer, but for white space; None for the others.
 
     Args:
         base: The model.
         edits: n edits.
-        owners: The edit that each prompt is to see, where edits are side by side.
         field: The edit's answer: ``target_true`` or ``target_new``.
+        owners: The edit that each prompt is to see, where edits are side by side.
     """
-    rows, found = [prompt_of(base, *each) for each in zip(edits, owners, strict=True)], [False] * len(edits)
+    owners, found = owners or [-1] * len(edits), list[Asked | None]([None] * len(edits))
+    rows = [prompt_of(base, *each) for each in zip(edits, owners, strict=True)]
     for places in buckets([len(row.ids) for row in rows], token_budget(base)):
         batch = collate([rows[i] for i in places])
         likeliest = base.logits(batch, (torch.arange(len(batch)), batch.at[Token.PROMPT_LAST])).argmax(dim=-1)
         for i, token in zip(places, likeliest.tolist(), strict=True):
-            found[i] = str(base.tokenizer.decode([token])).strip() == getattr(edits[i], field)
+            if str(base.tokenizer.decode([token])).strip() == getattr(edits[i], field):
+                found[i] = Asked(edits[i], owners[i], token)
     return found
+
+
+def of_original(study: Study, n: int, seed: int) -> tuple[list[Asked], Record]:
+    """Prompts of n edits by chance that the unedited model answers rightly, and how many it does not.
+
+    Raises:
+        KeditError: There is none.
+    """
+    sample = study.sample(n, seed)
+    found = answered(study.base, sample, "target_true")
+    edits = usable(sample, [one is not None for one in found], "the model's next token to be the whole target_true")
+    return [one for one in found if one], {"edits": len(sample), "unanswered": len(sample) - len(edits)}
+
+
+def of_edited(study: Study, edits: Sequence[Edit]) -> Iterator[Asked | None]:
+    """The prompts of edits, each while the model holds its own edit; None: it is not answered by the new target.
+
+    To be taken one by one, inside `SingleEdits.ready`.
+
+    Raises:
+        KeditError: None is answered so.
+    """
+    right = list[bool]()
+    for block, owners in study.singles.blocks(edits):
+        found = answered(study.base, block, "target_new", owners)
+        right += [one is not None for one in found]
+        yield from found
+    usable(edits, right, "an edited model's next token to be the whole target_new")
 
 
 def cells_of(kind: Kind, length: int, layers: int) -> list[Cell]:
@@ -134,17 +185,23 @@ def cells_of(kind: Kind, length: int, layers: int) -> list[Cell]:
 
 
 @torch.no_grad()
-def noise_level(base: LanguageModel, edits: Sequence[Edit], noise: float) -> float:
+def noise_level(base: LanguageModel, subjects: Sequence[str], noise: float) -> float:
     """Standard deviation of the noise: so many times that of all entries of the embeddings of all subjects' tokens.
 
     Args:
         base: The model, unedited.
-        edits: Those whose subjects count: all that the data module has, so that its ``stop`` is part of it.
+        subjects: All subjects of the data set, each once.
         noise: How many times.
     """
-    subjects = list(dict.fromkeys(edit.subject for edit in edits))
-    ids = base.tokenizer(subjects, add_special_tokens=False)["input_ids"]
-    return noise * float(embedded(base, [token for line in ids for token in line]).float().std())
+    ids = base.tokenizer(list(subjects), add_special_tokens=False)["input_ids"]
+    tokens, counts = torch.tensor([token for line in ids for token in line]).unique(return_counts=True)
+    n, total, squares = 0, 0.0, 0.0
+    for some, times in zip(tokens.split(TOKENS), counts.split(TOKENS), strict=True):
+        vectors, weights = embedded(base, some.tolist()).double(), times.to(base.device).double()[:, None]
+        n += int(times.sum()) * vectors.shape[1]
+        total += float((weights * vectors).sum())
+        squares += float((weights * vectors.square()).sum())
+    return noise * math.sqrt(max(0.0, squares - total**2 / n) / (n - 1))
 
 
 def embedded(base: LanguageModel, ids: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -174,10 +175,15 @@ def test_parts_and_edits_side_by_side_are_the_same(name: str, tmp_path: Path) ->
 
 def test_more_edits_than_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     editor = learned("MALMEN", tiny_base("gpt2"), (1,))
-    monkeypatch.setattr("kedit_lightning.editors.learned.free_memory", lambda _: 1000)
+    monkeypatch.setattr("kedit_lightning.hypernetworks.capture.free_memory", lambda _: 1000)
     with pytest.raises(KeditError, match=r"3 edits together need about .* set data.batch_size to at most 1"):
         fit(editor, EDITS[:3], tmp_path, batch_size=3)
     assert not list(tmp_path.rglob("*.safetensors"))
+    data = TripleData("jsonl", str(jsonl(tmp_path / "e.jsonl", [edit.as_record() for edit in TRIPLES])), batch_size=3)
+    data.edits = TRIPLES
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, enable_checkpointing=False, accelerator="cpu")
+    with pytest.raises(KeditError, match=r"3 edits together need about .* set data.batch_size to at most 1"):
+        trainer.fit(training(MALMENTraining), data)
 
 
 # ---------------------------------------------------------------------- the commands
@@ -209,13 +215,13 @@ def test_train_and_edit(family: str, kind: str, tmp_path: Path) -> None:
         },
     )
     folder = tmp_path / "trained" / "version_0"
-    assert done("train-editor", "--config", config).out.startswith(str(folder / FILE))
+    assert done("fit", "--config", config).out.startswith(str(folder / FILE))
     assert list(folder.glob("events.out.tfevents*"))
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)  # no pickled objects
     assert checkpoint["global_step"] == 2
     assert all(name.startswith("network.") for name in checkpoint["state_dict"])
     done(
-        "train-editor",
+        "fit",
         "--config",
         config,
         "--trainer.max_steps",
@@ -272,9 +278,9 @@ def bad(tmp_path: Path, what: str) -> tuple[type[MEND | MALMEN], Path]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("none", "no such hypernetwork; `kedit train-editor"),
+        ("none", "no such hypernetwork; `kedit fit --config configs/hypernetworks/"),
         ("kind", "expected a MALMENNetwork, got a MENDNetwork"),
-        ("untrained", "untrained; `kedit train-editor` trains one"),
+        ("untrained", "untrained; `kedit fit --config configs/hypernetworks/…` trains one"),
         ("foreign", "was trained on another model"),
         ("other", r"format kedit-hypernetwork-1\), got a safetensors file of format none"),
         ("truncated", "corrupt or of another kind"),

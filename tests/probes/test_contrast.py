@@ -35,7 +35,7 @@ KNOWN = [edit for edit in EDITS if edit.target_true]
 
 
 def study(base: LanguageModel, edits: Sequence[Edit] = KNOWN) -> Study:
-    return Study(make("ROME", base), edits, None)  # type: ignore[arg-type] # makes no edits
+    return Study(make("ROME", base), edits, None, ())  # type: ignore[arg-type] # makes no edits
 
 
 def rows(probe: ContrastProbe, of: Study) -> dict[str, dict[tuple[str, str, int], dict[str, Any]]]:
@@ -209,7 +209,7 @@ def test_each_prompt_sees_its_own_edit(tmp_path: Path, gpt2_base: LanguageModel)
     module = EditDataModule(edits=[edit.as_record() for edit in some])
     module.setup("fit")
     once = partial(super(EditTrainer, made).fit, editor, datamodule=module)
-    (finding,) = probe.look(Study(editor, some, SingleEdits(made, editor, module, once)))
+    (finding,) = probe.look(Study(editor, some, SingleEdits(made, editor, module, once), ()))
     assert same(gpt2_base, before)
     assert finding.notes["skipped"]["edit rejected"] == 0
     assert 0 <= finding.notes["edits whose target is likeliest"] <= len(some)

@@ -14,7 +14,7 @@ from kedit_lightning.errors import KeditError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.probes import RelativeIndirectEffect
 from kedit_lightning.probes.indirect_effect import compare, effects_of
-from kedit_lightning.probes.tracing import Tracer
+from kedit_lightning.probes.tracing import Asked, Tracer
 from tests.commandline import done
 from tests.families import EDITS, tiny_base
 from tests.probes.test_trace import planted, study_of
@@ -52,8 +52,8 @@ def test_no_edit_is_answered(known: tuple[LanguageModel, list[Edit]]) -> None:
 
 def test_each_token_from_the_run_that_corrupts_it() -> None:
     tracer = Tracer(tiny_base("gpt2"), 0.5, 2, [("mlp", 3)])
-    classes, found = effects_of(tracer, EDITS[1], -1)
-    subject, relation = tracer(EDITS[1], "subject"), tracer(EDITS[1], "relation")
+    classes, found = effects_of(tracer, Asked(EDITS[1]))
+    subject, relation = tracer(Asked(EDITS[1]), "subject"), tracer(Asked(EDITS[1]), "relation")
     assert subject is not None
     assert relation is not None
     for i, name in enumerate(classes):

@@ -21,12 +21,13 @@ from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.restoring import Cell, CorruptedRun
 from kedit_lightning.probes import CausalTrace, Finding, Study
 from kedit_lightning.probes.token_classes import classes_of
-from kedit_lightning.probes.tracing import Kind, Tracer, answered, cells_of, noise_level, noise_on, prompt_of
+from kedit_lightning.probes.tracing import Asked, Kind, Tracer, answered, cells_of, noise_level, noise_on, prompt_of
 from tests.commandline import World, kedit
 from tests.families import EDITS, WIDTH, tiny_base
 from tests.families import tokenizer as make_tokenizer
 
 KINDS: list[Kind] = [("block", 1), ("mlp", 1), ("mlp", 3), ("attn", 1), ("attn", 10)]
+SUBJECTS = sorted({edit.subject for edit in EDITS})
 LAYER, KEY, ATTRIBUTE, ANSWER, OTHER = 1, 0, 24, 25, 26
 
 
@@ -82,7 +83,7 @@ class Unedited:
 
 
 def study_of(base: LanguageModel, edits: Sequence[Edit]) -> Study:
-    return Study(cast("Any", SimpleNamespace(base=base)), edits, cast("Any", Unedited()))
+    return Study(cast("Any", SimpleNamespace(base=base)), edits, cast("Any", Unedited()), SUBJECTS)
 
 
 def look(probe: CausalTrace, base: LanguageModel, edits: Sequence[Edit]) -> dict[str, Finding]:
@@ -130,7 +131,7 @@ def test_batched_is_cell_by_cell(family: str) -> None:
     """Positions, layers and windows; padded together and one at a time."""
     base, edit = tiny_base(family), EDITS[1]
     row, classes = prompt_of(base, edit), classes_of(base, edit)
-    noise = noise_on([name in ("fs", "ms", "ls") for name in classes], 3, WIDTH, noise_level(base, EDITS, 3))
+    noise = noise_on([name in ("fs", "ms", "ls") for name in classes], 3, WIDTH, noise_level(base, SUBJECTS, 3))
     cells = [cell for kind in KINDS for cell in cells_of(kind, len(row.ids), base.num_layers)]
     run = CorruptedRun(base, row, noise, ["block", "mlp", "attn"])
     found = run.scores(cells)
@@ -167,17 +168,20 @@ def test_side_by_side_is_the_edited_model() -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(WIDTH, 1, generator=generator), torch.randn(128, 1, generator=generator) / 8
     base, other = tiny_base("gpt2"), tiny_base("gpt2")
-    plain = Tracer(base, 0.5, 3, KINDS)(EDITS[0], "subject")
+    plain = Tracer(base, 0.5, 3, KINDS)(Asked(EDITS[0]), "subject")
     base.side_by_side.write(1, base.name(Site(1)), left, right)
     edited_weights(other, left, right)
     for corrupt in ("subject", "relation"):
-        one, two = Tracer(base, 0.5, 3, KINDS)(EDITS[0], corrupt, 1), Tracer(other, 0.5, 3, KINDS)(EDITS[0], corrupt)
+        one, two = (
+            Tracer(base, 0.5, 3, KINDS)(Asked(EDITS[0], 1), corrupt),
+            Tracer(other, 0.5, 3, KINDS)(Asked(EDITS[0]), corrupt),
+        )
         assert one is not None
         assert two is not None
         assert (one.high, one.low) == (pytest.approx(two.high, abs=1e-5), pytest.approx(two.low, abs=1e-5))
         assert all(torch.allclose(one.effects[kind], two.effects[kind], atol=1e-5, rtol=0) for kind in KINDS)
         assert one.answer == two.answer
-    unseen = Tracer(base, 0.5, 3, KINDS)(EDITS[0], "subject", -1)
+    unseen = Tracer(base, 0.5, 3, KINDS)(Asked(EDITS[0]), "subject")
     assert plain is not None
     assert unseen is not None
     assert torch.equal(plain.effects["mlp", 1], unseen.effects["mlp", 1])
@@ -192,14 +196,14 @@ def test_noise_is_romes() -> None:
     expected = np.concatenate([first, np.zeros((2, 1, 3)), second], axis=1)
     assert torch.allclose(found.double(), 0.5 * torch.from_numpy(expected), atol=1e-6)
     base = tiny_base("llama")
-    subjects = {edit.subject for edit in EDITS}
-    ids = [token for subject in subjects for token in base.tokenizer.encode(subject, add_special_tokens=False)]
-    assert noise_level(base, EDITS, 3) == pytest.approx(3 * float(base.model.model.embed_tokens.weight[ids].std()))
+    ids = [token for subject in SUBJECTS for token in base.tokenizer.encode(subject, add_special_tokens=False)]
+    assert len(set(ids)) < len(ids), "a token counts as often as it occurs"
+    assert noise_level(base, SUBJECTS, 3) == pytest.approx(3 * float(base.model.model.embed_tokens.weight[ids].std()))
 
 
 def test_a_start_token_is_never_corrupted() -> None:
     base = tiny_base("llama")
-    trace = Tracer(base, 0.5, 2, [("mlp", 1)])(EDITS[1], "relation")
+    trace = Tracer(base, 0.5, 2, [("mlp", 1)])(Asked(EDITS[1]), "relation")
     assert trace is not None
     stars = [token.endswith("*") for token in trace.tokens]
     assert stars == [name in ("rp", "fr", "mr", "lr") for name in trace.classes]
@@ -209,7 +213,8 @@ def test_a_start_token_is_never_corrupted() -> None:
 def test_answers_are_whole() -> None:
     base, (edit,) = planted()
     first = Edit(edit.prompt, edit.subject, "x", f"{edit.target_true}x")
-    assert answered(base, [edit, first], [-1, -1], "target_true") == [True, False]
+    yes, no = answered(base, [edit, first], "target_true")
+    assert (yes and base.tokenizer.decode([yes.answer]), no) == (edit.target_true, None)
     found = look(CausalTrace(corrupt=["subject"], parts=["mlp"], cases=0), base, [edit, first])
     assert found["causal_trace_subject"].notes["unanswered"] == 1
 
