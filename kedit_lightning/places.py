@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kedit_lightning.editors import Editor
@@ -55,6 +55,22 @@ class Place:
             yield
         finally:
             vars(editor).update(given)
+
+
+def beside(place: Place, last: int) -> list[Place]:
+    """The places one layer below and above: with TOP's l_a moved, where there is one, else the edited layers.
+
+    Args:
+        place: The place.
+        last: The last layer that may be part of one.
+
+    >>> [beside.layers for beside in beside(Place((0, 1)), 7)], [beside.l_a for beside in beside(Place((2,), 4), 7)]
+    ([(1, 2)], [3, 5])
+    """
+    if place.l_a is not None:
+        return [replace(place, l_a=l_a) for l_a in (place.l_a - 1, place.l_a + 1) if place.layers[-1] < l_a <= last]
+    moved = [tuple(layer + by for layer in place.layers) for by in (-1, 1)]
+    return [replace(place, layers=layers) for layers in moved if layers[0] >= 0 and layers[-1] <= last]
 
 
 def ranked(effects: Sequence[float], width: int, last: int) -> list[Layers]:

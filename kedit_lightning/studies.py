@@ -169,7 +169,7 @@ class Studies(Trainer):
         model: Editor,
         datamodule: EditDataModule | None = None,
         facts: int = 100,
-        edits: int = 20,
+        edits: int = 40,
         tried: int = 4,
         seed: int = 0,
     ) -> Path:
@@ -185,7 +185,8 @@ class Studies(Trainer):
             datamodule: The facts, with target_true.
             facts: How many facts are looked at, by chance; those that the model does not know are left out.
             edits: How many of them are edited at every place that is tried, each by itself.
-            tried: How many places are tried, and with TOP how many l_a at each.
+            tried: How many places are tried, and with TOP how many l_a at each; then those beside the best, until none
+                is better.
             seed: Of the choice of facts.
 
         Returns:

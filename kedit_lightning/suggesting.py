@@ -24,7 +24,7 @@ from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import EditMetrics, Evaluator
 from kedit_lightning.metrics.functional import harmonic_mean
 from kedit_lightning.models.progress import steps
-from kedit_lightning.places import Place, listed, ranked, spaced, steepest
+from kedit_lightning.places import Place, beside, listed, ranked, spaced, steepest
 from kedit_lightning.probes import CausalTrace, ContrastProbe, Finding, Study
 from kedit_lightning.probes.base import Probe, usable
 from kedit_lightning.probes.tracing import answered
@@ -53,7 +53,8 @@ class Suggestion:
         datamodule: The facts.
         facts: How many of them are traced, by chance.
         edits: How many of those that the model knows are edited in the sweep.
-        tried: How many places, and of TOP how many l_a at each, are tried in the sweep.
+        tried: How many places, and of TOP how many l_a at each, are tried in the sweep; then those one layer below and
+            above the best (of TOP with its l_a moved), until none is better.
         seed: Of the choices.
 
     Raises:
@@ -161,19 +162,21 @@ class Suggestion:
     # ------------------------------------------------------------------ trying
 
     def _sweep(self, places: Sequence[Place], edits: Sequence[Edit]) -> Place:
-        """Edit the same facts at every place, each by itself; the place of the best score."""
+        """Edit the same facts at every place, each by itself, then beside the best until none is better; the best."""
         measurement = Measurement(self.trainer, self.editor, self.datamodule)
         measurement.evaluator.references(edits)
         sites = sorted({Site(layer, "mlp") for place in places for layer in place.layers}, key=lambda site: site.layer)
         self.editor.statistics.second_moments(self.base, sites)  # of all in one pass; found again later
-        rows = list[Record]()
+        rows, last = list[Record](), self.base.num_layers - 1
         with steps("places") as step:
-            for place in places:
+            for place in (places := list(places)):  # which grows
                 lines = self.lines(place, edits, measurement.evaluator)
                 rows.append(row_of(place, measurement.evaluator.collect(edits, lines)))
                 write_csv(self.trainer.run.path / "sweep.csv", rows)  # after an interrupt what there is
+                best = max(range(len(rows)), key=lambda i: rows[i]["score"])  # of equals the one that the trace prefers
+                if len(rows) == len(places):
+                    places += [other for other in beside(places[best], last) if other not in places]
                 step(len(rows), len(places), "")
-        best = max(range(len(rows)), key=lambda i: rows[i]["score"])  # of equals the one that the trace prefers
         missing = [name for name in FOUR if name not in rows[0]]
         l_a = "" if places[best].l_a is None else f" with l_a {places[best].l_a}"
         self.why.append(
