@@ -82,8 +82,9 @@ def test_rome_is_tried_where_the_trace_points_and_fit_takes_the_choice(world: Wo
     assert {name: content[name] for name in BLOCKS if name != "model"} == {
         name: given[name] for name in BLOCKS if name != "model"
     }
+    tried = [row["layers"] for row in rows]
     for layer in (int(best["layers"]) - 1, int(best["layers"]) + 1):
-        assert (str(layer) in [row["layers"] for row in rows]) == (0 <= layer < LAYERS), "those beside the best are tried"
+        assert (str(layer) in tried) == (0 <= layer < LAYERS), "those beside the best are tried"
     assert f"layers [{best['layers']}]: of {len(rows)} places tried on 2 facts" in shown
     images = {"causal_trace_subject.png", "sweep.png"}
     assert images <= {one.name for one in run.iterdir()}

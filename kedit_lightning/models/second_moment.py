@@ -9,10 +9,15 @@ from torchmetrics import Metric
 from kedit_lightning.solvers import double
 
 
+BLOCK = 768
+"""Columns whose products are made together."""
+
+
 class SecondMoment(Metric):
     """Uncentred second moment ``C = (1/T) Σ k kᵀ`` of keys, summed over processes.
 
-    The state follows the device of the keys.
+    The state follows the device of the keys. Of the symmetric sum it holds what is right of its diagonal blocks, which
+    is 0.6 of the arithmetic; `total` is the whole of it.
 
     Args:
         width: Width k of the keys.
@@ -40,9 +45,14 @@ class SecondMoment(Metric):
         """Add keys of shape ``(n, k)``."""
         keys = double(keys) if self.moment.dtype == torch.float64 else keys.to(self.moment.dtype)
         self.moment, self.count = self.moment.to(keys.device), self.count.to(keys.device)
-        self.moment.addmm_(keys.T, keys)
+        for start in range(0, keys.shape[1], BLOCK):
+            self.moment[start : start + BLOCK, start:].addmm_(keys[:, start : start + BLOCK].T, keys[:, start:])
         self.count += len(keys)
 
     def compute(self) -> Tensor:
         """C, shape ``(k, k)``."""
-        return self.moment / self.count
+        return self.total() / self.count
+
+    def total(self) -> Tensor:
+        """Σ k kᵀ, shape ``(k, k)``."""
+        return self.moment.triu() + self.moment.triu(1).T

@@ -59,7 +59,8 @@ class Sums:
             if ranks()[1] > 1:
                 for state in _on(device, moment):
                     distributed.all_reduce(state)
-            found[site] = moment.moment.cpu(), int(moment.count)
+            moment.moment = moment.moment.cpu()  # where there is room for the whole of it
+            found[site] = moment.total(), int(moment.count)
         return found
 
     # ------------------------------------------------------------------ at a doubling
@@ -69,7 +70,7 @@ class Sums:
         enough = False
         if ranks()[0] == 0:
             found = {  # compute() would ask the other processes
-                site: self.convergence.update(site, moment.moment / moment.count, self.tokens)
+                site: self.convergence.update(site, moment.total() / moment.count, self.tokens)
                 for site, moment in self.moments.items()
             }
             changes = {site: change for site, change in found.items() if change is not None}

@@ -568,6 +568,17 @@ def test_the_accumulator_takes_nothing_and_starts_afresh() -> None:
     assert not moment.moment.any()
 
 
+@pytest.mark.parametrize("k", [3, 4, 7])
+def test_half_of_the_sum_is_all_of_it(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kedit_lightning.models.second_moment.BLOCK", 4)
+    moment, keys = SecondMoment(k, torch.float64), torch.randn(20, k, dtype=torch.float64)
+    for some in keys.split(6):
+        moment.update(some)
+    assert torch.allclose(moment.total(), keys.T @ keys)
+    assert torch.equal(moment.total(), moment.total().T)
+    assert torch.allclose(moment.compute(), keys.T @ keys / 20)
+
+
 @pytest.mark.parametrize("field", ["n_samples", "max_length", "tokens", "batch_tokens"])
 def test_numbers_out_of_range(field: str) -> None:
     with pytest.raises(StatisticsError, match=rf"statistics\.{field}: expected at least 1, got 0"):
