@@ -8,7 +8,6 @@ from torchmetrics import Metric
 
 from kedit_lightning.solvers import double
 
-
 BLOCK = 768
 """Columns whose products are made together."""
 
