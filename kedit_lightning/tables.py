@@ -105,7 +105,8 @@ def lines(table: PaperTable, runs: Mapping[str, Sequence[Path]]) -> list[Record]
     Returns:
         ``row``, ``column``; ``paper``, ``paper_spread`` and ``doubtful``; ``ours``, the mean over ``runs`` runs;
         ``std`` and ``ci95`` over them (of a single run the 95 % interval over its edits); ``difference``, ours less the
-        paper's, and the half width of its 95 % interval, ``interval``. None where there is no such number.
+        paper's, and the half width of its 95 % interval, ``interval``; ``base``, the model that ours are of. None where
+        there is no such number.
 
     Raises:
         KeditError: A run has no results, or those of a row are of several base models.
@@ -125,7 +126,8 @@ def lines(table: PaperTable, runs: Mapping[str, Sequence[Path]]) -> list[Record]
             given, when = next(of, []), "pre"
         for (column, metric), cell in zip(table.columns.items(), printed, strict=True):
             ours = _ours([_value(report, when, metric) for report in given], table.scale)
-            rows.append({"row": name, "column": column, **_beside(cell, ours, table)})
+            base = str(given[0]["protocol"].get("base")) if given else None
+            rows.append({"row": name, "column": column, **_beside(cell, ours, table), "base": base})
     return rows
 
 
@@ -228,7 +230,8 @@ def _difference(row: Record, table: PaperTable) -> str:
 def _note(rows: Sequence[Record], table: PaperTable) -> str:
     spread = "standard deviations over runs" if table.spread == "std" else "half widths of 95 % intervals"
     runs = sorted({row["runs"] for row in rows if row["runs"]})
-    parts = [f"In parentheses: {spread}"]
+    parts = [f"Ours: measured on {', '.join(sorted({row['base'] for row in rows if row['base']})) or 'nothing yet'}"]
+    parts += [f"in parentheses: {spread}"]
     parts += (
         ["± half the width of the difference's 95 % interval"] if any(row["paper"] is not None for row in rows) else []
     )
