@@ -47,8 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             known = ", ".join((*TRAINER_COMMANDS, *OTHER_COMMANDS)).replace("_", "-")
             fail(f"unknown command {command!r}; there are {known}", 2)
-    except KeyboardInterrupt:
-        _interrupted(command)
+    except KeyboardInterrupt as error:
+        _interrupted(command, str(error))
     except SystemExit as end:
         if not isinstance(end.__context__, KeyboardInterrupt):
             raise
@@ -91,7 +91,7 @@ def _terminated(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _interrupted(command: str) -> NoReturn:
+def _interrupted(command: str, advice: str = "") -> NoReturn:
     kept = {
         "fit": "; edits that were committed are in the run directory, from which `kedit fit --resume` goes on",
         "compare": "; what was done is kept, and the same command goes on from there",
@@ -101,4 +101,4 @@ def _interrupted(command: str) -> NoReturn:
     }
     if number("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         sys.exit(130)  # Ctrl-C reaches the first process too
-    fail(f"interrupted{kept.get(command, '')}", 130)
+    fail(f"interrupted{f'; {advice}' if advice else kept.get(command, '')}", 130)

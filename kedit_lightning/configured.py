@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -95,16 +95,22 @@ def trains(args: Sequence[str]) -> bool:
         option, _, value = arg.partition("=")
         value = value or "".join(args[i + 1 : i + 2])
         if option in ("-c", "--config") and not wrong_file(Path(value)):
-            named = _model(Path(value)) or named
-        elif option in ("--model", "--model.class_path"):
+            named = _class(yaml.safe_load(Path(value).read_text(encoding="utf-8")).get("model")) or named
+        elif option == "--model":
+            named = _class(yaml.safe_load(value))
+        elif option == "--model.class_path":
             named = value
-    return named.rpartition(".")[2] in {kind.__name__ for kind in HypernetworkTraining.__subclasses__()}
+    return named.rpartition(".")[2] in {kind.__name__ for kind in _below(HypernetworkTraining)}
 
 
-def _model(config: Path) -> str:
-    """The class that a readable configuration says its model is of; empty where it says nothing."""
-    model = yaml.safe_load(config.read_text(encoding="utf-8")).get("model")
-    return str(model.get("class_path", "")) if isinstance(model, dict) else ""
+def _class(model: object) -> str:
+    """The class that the block of a model names; empty where it names none."""
+    return str(model.get("class_path") or "") if isinstance(model, dict) else str(model or "")
+
+
+def _below(kind: type) -> Iterator[type]:
+    for own in kind.__subclasses__():
+        yield from (own, *_below(own))
 
 
 def _resuming(args: Sequence[str]) -> list[str]:

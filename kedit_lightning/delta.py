@@ -17,6 +17,7 @@ from kedit_lightning.errors import DeltaError, ModelError
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.fingerprint import checksum, fingerprint
 from kedit_lightning.models.processes import of_first
+from kedit_lightning.solvers import times
 from kedit_lightning.writing import write_beside
 
 FORMAT = "kedit-delta-1"
@@ -47,8 +48,7 @@ class WeightDelta:
         """Update from factors of shapes ``(out, r)`` and ``(in, r)``; kept dense where that is smaller."""
         (out, r), inner = left.shape, right.shape[0]
         if r > out * inner / (out + inner):
-            product = right.T if torch.equal(left, torch.eye(out).to(left)) else left.double() @ right.double().T
-            return cls(name, dense=product.float().cpu().contiguous(), edit=edit)
+            return cls(name, dense=times(left, right).float().cpu().contiguous(), edit=edit)
         return cls(name, left.float().cpu().contiguous(), right.float().cpu().contiguous(), edit=edit)
 
     @property

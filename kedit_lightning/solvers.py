@@ -109,6 +109,13 @@ def woodbury(residual: Tensor, keys: Tensor, whitened: Tensor, weight: float) ->
     return cholesky_solve(residual, cholesky(system)).T, whitened.T
 
 
+def times(left: Tensor, right: Tensor) -> Tensor:
+    """``left rightᵀ`` of an update's factors, in float64, with no product where the left one is the identity."""
+    if left.shape[0] == left.shape[1] and torch.equal(left, torch.eye(len(left)).to(left)):
+        return double(right).T
+    return double(left) @ double(right).T
+
+
 def woodbury_is_cheaper(n: int, d: int, k: int) -> bool:
     """Whether `woodbury` takes fewer multiplications than `least_squares`, C being factorised.
 

@@ -425,11 +425,11 @@ def test_learned(kind: str, name: str) -> None:
     folder = f"lightning_logs/hypernetwork_{kind}_{name}"
     assert trained["base"]["name"] == edits["base"]["name"] == model
     assert trained["model"]["class_path"] == f"{edits['model']['class_path']}Training" == f"{kind.upper()}Training"
-    mend = {"step_size": 1e-4, "tokens": "all", "lr": 1e-6, "step_lr": 1e-4, "edit_weight": 0.1, "clip": 100}
+    mend = {"edit_lr": 1e-4, "tokens": "all", "meta_lr": 1e-6, "lr_lr": 1e-4, "cedit": 0.1, "clip": 100}
     mend |= {"parts": ["mlp_in", "mlp"], "accumulate": 10}
-    malmen = {"step_size": 1e-6, "tokens": "answer", "lr": 1e-5, "step_lr": 1e-5, "edit_weight": 1, "clip": 1}
+    malmen = {"edit_lr": 1e-6, "tokens": "answer", "meta_lr": 1e-5, "lr_lr": 1e-5, "cedit": 1, "clip": 1 / 16}
     malmen |= {"parts": ["mlp"], "accumulate": 1}
-    own = {"layers": layers, "rank": 1920, "n_blocks": 2, "locality_weight": 1}
+    own = {"layers": layers, "rank": 1920, "n_blocks": 2, "cloc": 1}
     assert trained["model"]["init_args"] == own | (mend if kind == "mend" else malmen)
     assert trained["data"]["batch_size"] == (1 if kind == "mend" else 512)
     assert trained["data"]["options"] == {"target": "alt" if kind == "mend" else "answers"}

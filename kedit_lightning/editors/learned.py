@@ -18,10 +18,11 @@ from kedit_lightning.editors.stages import Loss, Stage
 from kedit_lightning.edits import Edit, Site
 from kedit_lightning.errors import RejectedError
 from kedit_lightning.hypernetworks import files
-from kedit_lightning.hypernetworks.capture import Capture, counted, memory, require, without_zeros
+from kedit_lightning.hypernetworks.capture import Capture, check_dtype, counted, memory, require, without_zeros
 from kedit_lightning.hypernetworks.network import Factors, Hypernetwork
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.processes import share, summed
+from kedit_lightning.solvers import times
 
 
 class LearnedEditor(Editor):
@@ -29,7 +30,8 @@ class LearnedEditor(Editor):
 
     `locate`: nothing. `stages`: the answers' loss, evaluated once; keys and gradients of the edited matrices are kept.
     `write`: what the hypernetwork makes of them, for each matrix. They are read in the bare prompts on the model as it
-    stands before the batch, and kept in main memory, ``4 (d + k)`` bytes a token and matrix.
+    stands before the batch, and kept in main memory, ``4 (d + k)`` bytes a token and matrix; where updates add up and
+    the tokens are more than d, it is their sum that is kept.
 
     Args:
         base: The frozen base model.
@@ -47,6 +49,7 @@ class LearnedEditor(Editor):
     """By setting of other editors why this one does not take it."""
 
     def __init__(self, base: LanguageModel, hypernetwork: str, *, scale: float, max_tokens: int | None) -> None:
+        check_dtype(base)
         network, self.purpose, self.checksum = files.load(Path(hypernetwork), base, self.kind)
         bare = ContextTemplates(templates=[["{}"]])
         super().__init__(
@@ -82,7 +85,15 @@ class LearnedEditor(Editor):
         for part in self.parts:
             self.lengths[part.index] = counted(part.bare_rows, self.purpose.tokens).sum(dim=1)
         self.found: dict[int, dict[Site, Factors]] = {}
-        require(self._shapes(), len(edits), int(self.lengths.sum()))
+        tokens, shapes = int(self.lengths.sum()), self._shapes()
+        self.total: dict[Site, Tensor] = {}
+        if self.kind.additive and not self.side_by_side and tokens > min(d for d, _ in shapes):
+            self.total = {
+                site: torch.zeros(shape, dtype=torch.float64) for site, shape in zip(self.sites(), shapes, strict=True)
+            }
+        else:
+            require(shapes, len(edits), tokens)
+        self.broken = torch.zeros(len(edits))
 
     def locate(self) -> None:
         """No value is optimised."""
@@ -107,14 +118,22 @@ class LearnedEditor(Editor):
         return loss
 
     def _keep(self, _: Tensor) -> None:
-        """Take the factors of this process's edits; one evaluation is all there is, so the stage has converged."""
+        """Take the factors of this process's edits, or add up their updates, where that is what they come to.
+
+        One evaluation is all there is, so the stage has converged.
+        """
         self.outcome.converged[self.batch.index] = True
         places = self.batch.index[share(len(self.batch))].tolist()
         lengths = self.lengths[places].tolist()
+        network = self.hypernetwork.to(self.base.device)
         for site, factors in self._capture.factors().items() if places else ():
             split = zip(places, *(torch.split(each.cpu(), lengths) for each in factors), strict=True)
             for place, keys, grads in split:
-                self.found.setdefault(place, {})[site] = Factors(keys, grads)
+                self.broken[place] += not (keys.isfinite().all() and grads.isfinite().all())
+                if not self.total:
+                    self.found.setdefault(place, {})[site] = Factors(keys, grads)
+            if self.total:
+                self.total[site] += times(*network.update(self.base.name(site), without_zeros(factors))).cpu()
         del self._capture
 
     def check_values(self) -> None:
@@ -124,11 +143,8 @@ class LearnedEditor(Editor):
             RejectedError: There are such edits.
         """
         super().check_values()
-        broken = torch.zeros(len(self.edits))
-        for place, found in self.found.items():
-            broken[place] = not all(part.isfinite().all() for factors in found.values() for part in factors)
         why = "its gradient is not finite; load the model in float32 or bfloat16"
-        if places := summed(broken).nonzero()[:, 0].tolist():
+        if places := summed(self.broken).nonzero()[:, 0].tolist():
             raise RejectedError({i: f"case {self.edits[i].case_id}: {why}" for i in places})
 
     # ------------------------------------------------------------------ what comes of it
@@ -148,6 +164,9 @@ class LearnedEditor(Editor):
         network = self.hypernetwork.to(self.base.device)
         for site in self.sites():
             name = self.base.name(site)
+            if self.total:
+                yield WeightDelta(name, dense=(self.scale * summed(self.total.pop(site))).float(), edit=0)
+                continue
             for edits in self.solved_together():
                 try:
                     left, right = network.update(name, self.factors(site, edits))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -57,13 +57,29 @@ def counted(rows: Batch, tokens: Tokens) -> Tensor:
     return rows.labels >= 0 if tokens == "answer" else rows.attention_mask > 0
 
 
-def memory(shapes: Iterable[Sequence[int]], tokens: int) -> int:
-    """Bytes that factors of tokens take in main memory, with a copy of the largest matrix's; shapes are ``(d, k)``."""
-    widths = [sum(shape) for shape in shapes]
-    return 4 * tokens * (sum(widths) + 3 * max(widths))
+def check_dtype(base: LanguageModel) -> None:
+    """Refuse float16, in which gradients as small as those of one fact among many are 0.
+
+    Raises:
+        KeditError: It is the model's.
+    """
+    if base.dtype == "float16":
+        msg = "base.dtype: expected float32 or bfloat16 for MEND and MALMEN, got float16, in which gradients become 0"
+        raise KeditError(msg)
 
 
-def require(shapes: Iterable[Sequence[int]], n: int, tokens: int) -> None:
+def memory(shapes: Collection[Sequence[int]], tokens: int) -> int:
+    """Bytes that factors of tokens take in main memory, with a copy of the largest matrix's, and the solve.
+
+    Args:
+        shapes: ``(d, k)`` of the matrices.
+        tokens: How many.
+    """
+    widths, k = [sum(shape) for shape in shapes], max(shape[1] for shape in shapes)
+    return 4 * tokens * (sum(widths) + 3 * max(widths)) + 8 * 3 * min(k, tokens) ** 2
+
+
+def require(shapes: Collection[Sequence[int]], n: int, tokens: int) -> None:
     """Refuse, before anything is done, more edits than main memory holds keys and gradients of.
 
     Args:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,15 +19,34 @@ from kedit_lightning.hypernetworks.files import FILE, save
 from kedit_lightning.hypernetworks.training import HypernetworkTraining
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.parsing import OneLineCLI
+from kedit_lightning.writing import write_beside
 
 LOSS = "validation/loss"
+CHECKPOINT = "last"
+"""Stem of the checkpoint from which a training goes on; it is written after each validation."""
 
 
 class KeepBest(Callback):
     """Writes the hypernetwork whose validation loss is the least; the last one where none was validated."""
 
     def __init__(self) -> None:
-        self.best = float("inf")
+        self.best, self.file = float("inf"), ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The least loss, and where its hypernetwork is."""
+        return {"best": self.best, "file": self.file}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up."""
+        self.best, self.file = state_dict["best"], state_dict["file"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of a training that goes on the best one so far comes along; where it is gone, the next is the best."""
+        if not Path(self.file).is_file():
+            self.best = float("inf")
+        elif Path(self.file) != place(trainer):
+            write_beside(place(trainer), lambda beside: shutil.copyfile(self.file, beside))
+            self.file = str(place(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it where it is better than all before."""
@@ -40,13 +62,14 @@ class KeepBest(Callback):
             KeditError: It has not been trained.
         """
         if not trainer.global_step:
-            msg = "no step was taken: raise trainer.max_epochs or trainer.max_steps, or lower accumulate"
+            msg = "no step was taken: raise trainer.max_epochs, max_steps or max_time, or lower accumulate"
             raise KeditError(msg)
         if self.best == float("inf"):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, training: LightningModule) -> None:
         assert isinstance(training, HypernetworkTraining)
+        self.file = str(place(trainer))
         save(place(trainer), training.network, training.purpose(trainer.global_step))
 
 
@@ -65,11 +88,27 @@ class _TrainCLI(OneLineCLI):
             {
                 "early_stopping.monitor": LOSS,
                 "early_stopping.patience": 5,
-                "checkpoint.monitor": LOSS,
-                "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
+                "early_stopping.strict": False,  # a training need not be validated
+                "checkpoint.filename": CHECKPOINT,
             }
         )
+
+    def before_fit(self) -> None:
+        """Refuse, before anything is written, what cannot be trained or gone on with."""
+        assert isinstance(self.model, HypernetworkTraining)
+        assert isinstance(self.datamodule, TripleData)
+        self.datamodule.setup("fit")
+        self.model.check(self.trainer, self.datamodule)
+        given = self.config[str(self.subcommand)].ckpt_path
+        if given is None:
+            return
+        try:
+            self.model.on_load_checkpoint(torch.load(given, map_location="cpu", weights_only=True))
+        except KeditError:
+            raise
+        except Exception as error:
+            msg = f"{given}: expected the checkpoint of a training, …/checkpoints/{CHECKPOINT}.ckpt, got {error}"
+            raise KeditError(msg) from error
 
 
 def main(args: list[str]) -> None:
@@ -79,17 +118,28 @@ def main(args: list[str]) -> None:
         args: Command line, for instance ``["fit", "--config", "configs/hypernetworks/mend_almanac.yaml"]``.
 
     Raises:
-        KeditError: The model, the triples or a setting cannot be used.
+        KeditError: The model, the triples, a checkpoint or a setting cannot be used.
+        KeyboardInterrupt: It was interrupted; the text says how to go on.
     """
-    cli = _TrainCLI(
-        HypernetworkTraining,
-        TripleData,
-        subclass_mode_model=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        args=args,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [KeepBest()], "num_sanity_val_steps": 0},  # nothing is normalised before a step
-    )
+    try:
+        cli = _TrainCLI(
+            HypernetworkTraining,
+            TripleData,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            args=args,
+            save_config_kwargs={"overwrite": True},
+            # Nothing is normalised before a step.
+            trainer_defaults={"callbacks": [KeepBest()], "num_sanity_val_steps": 0, "devices": 1},
+        )
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        msg = f"the same command with --ckpt_path …/checkpoints/{CHECKPOINT}.ckpt goes on from the last validation"
+        raise KeyboardInterrupt(msg) from None
     where = place(cli.trainer)
+    if not where.is_file():
+        msg = "nothing was trained: the checkpoint has used up its time or steps; raise trainer.max_time or max_steps"
+        raise KeditError(msg)
     get_console().print(Text(f"{where}: hypernetwork, for model.init_args.hypernetwork of `kedit fit`"), soft_wrap=True)

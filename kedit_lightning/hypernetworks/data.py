@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from lightning import LightningDataModule, Trainer
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kedit_lightning.data import datasets
 from kedit_lightning.edits import Edit
@@ -72,23 +72,65 @@ def complete(edits: Sequence[Edit], on_incomplete: Literal["raise", "skip"]) -> 
     return found
 
 
-class _Triples(Dataset[Triple]):
-    """A triple of each edit; which of its prompts is drawn anew every time, or always the first."""
+Place = tuple[int, int, int]
+"""The number of an edit, and two of any size that say which of its paraphrases and unrelated prompts are taken."""
 
-    def __init__(self, edits: Sequence[Edit], *, drawn: bool) -> None:
-        self.edits, self.drawn = edits, drawn
+
+class _Triples(Dataset[Triple]):
+    """A triple of each edit."""
+
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        self.edits = edits
 
     def __len__(self) -> int:
         return len(self.edits)
 
-    def __getitem__(self, i: int) -> Triple:
-        edit = self.edits[i]
-        unrelated = answers_of(edit)
-        one, other = (self._one_of(len(items)) for items in (edit.paraphrase_prompts, unrelated))
-        return Triple(edit, edit.paraphrase_prompts[one], *unrelated[other])
+    def __getitem__(self, place: Place) -> Triple:
+        edit, (one, other) = self.edits[place[0]], place[1:]
+        paraphrases, unrelated = edit.paraphrase_prompts, answers_of(edit)
+        return Triple(edit, paraphrases[one % len(paraphrases)], *unrelated[other % len(unrelated)])
 
-    def _one_of(self, n: int) -> int:
-        return int(torch.randint(n, ())) if self.drawn else 0
+
+class _Batches(Sampler[list[Place]]):
+    """Full batches in an order that seed and epoch decide; of an epoch that was broken off those that are left.
+
+    Args:
+        n: Edits.
+        size: Of a batch.
+        seed: Of order and prompts.
+        trainer: Knows the epoch, and how many of its batches are done; none: the first, from its beginning.
+    """
+
+    def __init__(self, n: int, size: int, seed: int, trainer: Trainer | None) -> None:
+        self.n, self.size, self.seed, self.trainer = n, size, seed, trainer
+
+    def __len__(self) -> int:
+        return self.n // self.size
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        trainer = self.trainer
+        epoch = trainer.current_epoch if trainer else 0
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed if trainer else 0
+        generator = torch.Generator().manual_seed(self.seed * EPOCHS + epoch)
+        order = torch.randperm(self.n, generator=generator)[:, None]
+        places = torch.cat([order, torch.randint(2**31, (self.n, 2), generator=generator)], dim=1)
+        for batch in places[: len(self) * self.size].split(self.size)[done:]:
+            yield [(i, one, other) for i, one, other in batch.tolist()]
+
+
+class _Resumed(DataLoader[Triple]):
+    """Goes on in the middle of an epoch; where that was, the trainer knows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to take up."""
+
+
+EPOCHS = 2**20
+"""Seeds are so far apart, an epoch each."""
 
 
 class TripleData(LightningDataModule):
@@ -103,6 +145,7 @@ class TripleData(LightningDataModule):
         options: What its loader takes beyond these; the almanac's ``skip_subjects`` keeps subjects for editing later.
         batch_size: Edits that are made together in a step.
         validation: How many of the last edits are for validation, in batches of the same size.
+        seed: Of their order, and of which of an edit's prompts are taken when.
         on_incomplete: What becomes of edits without paraphrases or unrelated prompts.
         on_bad_record: What becomes of a record that cannot be used at all.
 
@@ -120,6 +163,7 @@ class TripleData(LightningDataModule):
         options: dict[str, Any] | None = None,
         batch_size: int = 1,
         validation: int = 100,
+        seed: int = 0,
         on_incomplete: Literal["raise", "skip"] = "raise",
         on_bad_record: Literal["raise", "skip"] = "raise",
     ) -> None:
@@ -130,6 +174,7 @@ class TripleData(LightningDataModule):
             raise DataError(msg)
         self.dataset, self.path, self.size, self.options = dataset, path, size, options or {}
         self.start, self.stop, self.batch_size, self.validation = start, stop, batch_size, validation
+        self.seed = seed
         self.on_incomplete: Literal["raise", "skip"] = on_incomplete
         self.on_bad_record: Literal["raise", "skip"] = on_bad_record
         self.edits: list[Edit] = []
@@ -153,16 +198,17 @@ class TripleData(LightningDataModule):
         self.edits = edits
 
     def train_dataloader(self) -> DataLoader[Triple]:
-        """Shuffled; a last batch that is not full is left out."""
-        triples = _Triples(self.edits[: -self.validation], drawn=True)
-        return DataLoader(triples, self.batch_size, shuffle=True, drop_last=True, collate_fn=list)
+        """In another order every epoch; a last batch that is not full is left out."""
+        triples = _Triples(self.edits[: -self.validation])
+        batches = _Batches(len(triples), self.batch_size, self.seed, self.trainer)
+        return _Resumed(triples, batch_sampler=batches, collate_fn=list)
 
     def val_dataloader(self) -> DataLoader[Triple]:
         """Always the same triples; of n batches each takes every n-th, so that facts of one subject are apart."""
         edits = self.edits[-self.validation :]
-        batches = -(-len(edits) // self.batch_size)
-        triples = _Triples([edit for i in range(batches) for edit in edits[i::batches]], drawn=False)
-        return DataLoader(triples, self.batch_size, collate_fn=list)
+        n = -(-len(edits) // self.batch_size)
+        batches = [[(i, 0, 0) for i in range(start, len(edits), n)] for start in range(n)]
+        return DataLoader(_Triples(edits), batch_sampler=batches, collate_fn=list)
 
     def transfer_batch_to_device(self, batch: list[Triple], device: torch.device, dataloader_idx: int) -> list[Triple]:
         """Triples are text and stay where they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def save(path: Path, network: Hypernetwork, purpose: Purpose) -> None:
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     about = {"kind": type(network).__name__, "shapes": network.shapes, "settings": network.settings}
-    header = {"format": FORMAT, "about": json.dumps(about | {"purpose": asdict(purpose)}), "sha256": checksum(tensors)}
+    text = json.dumps(about | {"purpose": asdict(purpose)})
+    header = {"format": FORMAT, "about": text, "sha256": _hash(text, tensors)}
     content = to_bytes(tensors, header)
     write_beside(path, lambda beside: beside.write_bytes(content))
 
@@ -121,6 +123,10 @@ def load(path: Path, base: LanguageModel, kind: type[Hypernetwork]) -> tuple[Hyp
     return network.requires_grad_(False), purpose, header["sha256"]
 
 
+def _hash(about: str, tensors: dict[str, Any]) -> str:
+    return sha256((about + checksum(tensors)).encode()).hexdigest()
+
+
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
     """Header, description and tensors, whole."""
     if not file.is_file():
@@ -138,7 +144,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         msg = f"{file}: expected a hypernetwork ({FILE}), got a file that is corrupt or of another kind ({error})"
         raise KeditError(msg) from error
-    if checksum(tensors) != header.get("sha256"):
+    if _hash(header["about"], tensors) != header.get("sha256"):
         msg = f"{file}: the hypernetwork is corrupt (the checksum does not fit); take another copy, or train it again"
         raise KeditError(msg)
     return header, about, tensors

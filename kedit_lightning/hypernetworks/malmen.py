@@ -21,7 +21,7 @@ class MALMENNetwork(Hypernetwork):
         shapes: As in `Hypernetwork`.
         rank: Likewise.
         n_blocks: Likewise.
-        step_size: First η.
+        edit_lr: First η.
         networks: As in `Hypernetwork`.
     """
 
@@ -32,10 +32,10 @@ class MALMENNetwork(Hypernetwork):
         shapes: Mapping[str, tuple[int, int]],
         rank: int,
         n_blocks: int,
-        step_size: float,
+        edit_lr: float,
         networks: Shared = "shape",
     ) -> None:
-        super().__init__(shapes, rank, n_blocks, step_size, networks)
+        super().__init__(shapes, rank, n_blocks, edit_lr, networks)
         self.log_ridge = nn.Parameter(torch.zeros(len(self.shapes)))
 
     def ridge(self, name: str) -> float:

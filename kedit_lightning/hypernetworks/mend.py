@@ -16,6 +16,7 @@ class MENDNetwork(Hypernetwork):
     """
 
     block = MENDBlock
+    additive = True
 
     @torch.no_grad()
     def update(self, name: str, factors: Factors) -> tuple[Tensor, Tensor]:

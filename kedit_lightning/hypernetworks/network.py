@@ -147,7 +147,7 @@ class Hypernetwork(nn.Module, ABC):
         shapes: ``(d, k)`` of each matrix by its name, in order.
         rank: Rank of the blocks.
         n_blocks: Blocks of a network.
-        step_size: First step size of every matrix; each learns its own.
+        edit_lr: First step size of every matrix; each learns its own.
         networks: Which matrices have one: those of one ``shape``, ``all``, or ``none``.
 
     Raises:
@@ -155,6 +155,8 @@ class Hypernetwork(nn.Module, ABC):
     """
 
     block: type[Block]
+    additive = False
+    """Whether the update of some tokens and that of others add up to that of all."""
     chunk = 1024
     """Tokens that go through a network together."""
 
@@ -163,7 +165,7 @@ class Hypernetwork(nn.Module, ABC):
         shapes: Mapping[str, tuple[int, int]],
         rank: int,
         n_blocks: int,
-        step_size: float,
+        edit_lr: float,
         networks: Shared = "shape",
     ) -> None:
         super().__init__()
@@ -177,16 +179,16 @@ class Hypernetwork(nn.Module, ABC):
                 f"networks: expected matrices of one shape for one network, got {which}; say shape, a network for each"
             )
             raise KeditError(msg)
-        if min(rank, n_blocks) < 1 or not step_size:
-            got = f"{rank}, {n_blocks} and {step_size}"
-            msg = f"expected rank and n_blocks of at least 1 and a step_size other than 0, got {got}"
+        if min(rank, n_blocks) < 1 or not edit_lr:
+            got = f"{rank}, {n_blocks} and {edit_lr}"
+            msg = f"expected rank and n_blocks of at least 1 and a edit_lr other than 0, got {got}"
             raise KeditError(msg)
         self.places = {name: (i, j) for i, group in enumerate(groups.values()) for j, name in enumerate(group)}
         self.networks = nn.ModuleList(
             Network(self.shapes[group[0]], len(group), rank, n_blocks, self.block) for group in groups.values()
         )
-        self.steps = nn.Parameter(torch.full((len(self.shapes),), float(step_size)))
-        self.settings = {"rank": rank, "n_blocks": n_blocks, "step_size": step_size, "networks": networks}
+        self.steps = nn.Parameter(torch.full((len(self.shapes),), float(edit_lr)))
+        self.settings = {"rank": rank, "n_blocks": n_blocks, "edit_lr": edit_lr, "networks": networks}
 
     def observe(self, name: str, factors: Factors) -> None:
         """Let the normaliser of a matrix take factors in; only in training."""

@@ -29,7 +29,7 @@ def factors(name: str, n: int, seed: int = 0) -> Factors:
 def trained(kind: type[Hypernetwork]) -> Hypernetwork:
     """A hypernetwork in float64 with no parameter where it began."""
     torch.manual_seed(0)
-    network = kind(SHAPES, rank=3, n_blocks=2, step_size=0.02).double()
+    network = kind(SHAPES, rank=3, n_blocks=2, edit_lr=0.02).double()
     with torch.no_grad():
         for i, (_, parameter) in enumerate(sorted(network.named_parameters())):
             parameter += 0.3 * parameter.abs().clamp(min=0.02) * random(*parameter.shape, seed=i)
@@ -160,7 +160,7 @@ def test_the_normaliser_knows_mean_and_deviation_of_all_lines() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_is_the_identity_at_first_and_can_be_left(kind: type[Hypernetwork]) -> None:
-    network = kind(SHAPES, rank=3, n_blocks=2, step_size=0.02).double()
+    network = kind(SHAPES, rank=3, n_blocks=2, edit_lr=0.02).double()
     each = factors("up", 20)
     network.observe("up", each)
     lines = torch.cat(each, dim=1)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kedit_lightning.configured import trains
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import MALMEN, MEND
 from kedit_lightning.edits import Edit, Part, Site
 from kedit_lightning.errors import DataError, KeditError
-from kedit_lightning.hypernetworks.capture import Capture
+from kedit_lightning.hypernetworks.capture import Capture, Tokens
+from kedit_lightning.hypernetworks.command import KeepBest
 from kedit_lightning.hypernetworks.data import Triple, TripleData, answers_of, complete
 from kedit_lightning.hypernetworks.files import FILE
 from kedit_lightning.hypernetworks.malmen import MALMENNetwork
 from kedit_lightning.hypernetworks.mend import MENDNetwork
 from kedit_lightning.hypernetworks.training import HypernetworkTraining, MALMENTraining, MENDTraining
-from kedit_lightning.models import collate
+from kedit_lightning.models import LanguageModel, collate
 from kedit_lightning.run import RunDirectory
 from tests.commandline import done, jsonl, kedit, write
 from tests.editors.fitting import bits, fit, hypernetwork, learned, relative, same, untouched
@@ -39,8 +43,8 @@ def triples(edits: Sequence[Edit] = TRIPLES) -> list[Triple]:
 
 def training(kind: type[HypernetworkTraining], family: str = "gpt2", **settings: Any) -> HypernetworkTraining:
     torch.manual_seed(0)
-    made = kind(tiny_base(family), [1, 2], **(SMALL | {"step_size": 0.01} | settings))
-    made.budget = settings.get("max_tokens", 64)
+    made = kind(tiny_base(family), [1, 2], **(SMALL | {"edit_lr": 0.01} | settings))
+    made.loss.budget = settings.get("max_tokens", 64)
     return made
 
 
@@ -102,7 +106,7 @@ def test_a_steps_gradient_is_that_of_its_loss(kind: type[HypernetworkTraining]) 
         if hasattr(block, "up"):
             block.up.data += 0.01 * torch.randn_like(block.up)
     edited = weights()
-    module.measure(batch, edited, backward=True)
+    module.loss(batch, edited, backward=True)
     for name, each in factors.items():
         gradient = edited[name].grad
         assert gradient is not None
@@ -115,7 +119,7 @@ def test_a_steps_gradient_is_that_of_its_loss(kind: type[HypernetworkTraining]) 
     for sign in (1, -1):
         for p, d in zip(parameters, direction, strict=True):
             p.data += sign * 1e-4 * d
-        found.append(module.measure(batch, weights(), backward=True)["loss"])
+        found.append(module.loss(batch, weights(), backward=True)["loss"])
         for p, d in zip(parameters, direction, strict=True):
             p.data -= sign * 1e-4 * d
     assert slope == pytest.approx((found[0] - found[1]) / 2e-4, rel=2e-2)
@@ -129,13 +133,131 @@ def test_how_rows_are_shared_out_does_not_matter() -> None:
         factors = module.factors([edit for edit in TRIPLES])
         keys = torch.cat([each.keys.T @ each.keys for each in factors.values()])
         weights = {name: module.base.master(name).clone().requires_grad_() for name in factors}
-        losses = module.measure(triples(), weights, backward=True)
+        losses = module.loss(triples(), weights, backward=True)
         grads = torch.cat([weight.grad.flatten() for weight in weights.values() if weight.grad is not None])
         found.append((keys, grads, losses))
     assert relative(found[0][0], found[1][0]) < 1e-5
     assert float((found[0][1] - found[1][1]).norm() / found[1][1].norm()) < 1e-5
     assert found[0][2] == pytest.approx(found[1][2], rel=1e-5)
     assert found[0][2]["kl"] == pytest.approx(0, abs=1e-6), "nothing is edited yet"
+
+
+@pytest.mark.parametrize("tokens", ["answer", "all"])
+def test_the_kl_by_hand(tokens: Tokens) -> None:
+    """KL(before ‖ after), a mean over tokens; of the answer alone or of all of them."""
+    module = training(MENDTraining, kl_tokens=tokens)
+    base, name = module.base, module.base.name(Site(1))
+    weights = {name: base.master(name) * 1.5}
+    for rows in module.loss.rows([(one.unrelated, one.answer) for one in triples()[:2]]):
+        found, _ = module.loss.kl(rows, weights)
+        with torch.no_grad():
+            ours = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+            before = base.model(**ours).logits.log_softmax(dim=-1)
+            base.model.get_parameter(name).mul_(1.5)
+            after = base.model(**ours).logits.log_softmax(dim=-1)
+            base.model.get_parameter(name).div_(1.5)
+        kl = (before.exp() * (before - after)).sum(dim=-1)
+        for i in range(len(rows)):
+            where = rows.labels[i] >= 0 if tokens == "answer" else rows.attention_mask[i] > 0
+            assert float(found[i]) == pytest.approx(float(kl[i, where].mean()), rel=1e-4)
+            assert float(found[i]) > 1e-3
+
+
+def trained(folder: Path, dtype: torch.dtype = torch.float32, **limits: Any) -> tuple[HypernetworkTraining, Path]:
+    """Five triples an epoch, two batches an update, validated after every third batch."""
+    torch.manual_seed(0)
+    base = LanguageModel.wrap(tiny_base("gpt2").model.to(dtype), tiny_base("gpt2").tokenizer)
+    module = MALMENTraining(base, [1, 2], **SMALL, edit_lr=0.01, meta_lr=1e-3, lr_lr=1e-3, accumulate=2)
+    data = TripleData("jsonl", str(jsonl(folder / "e.jsonl", [e.as_record() for e in TRIPLES])), validation=1)
+    keep = ModelCheckpoint(folder, "last")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    every = {"val_check_interval": 3, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    resumed = limits.pop("ckpt_path", None)
+    made = Trainer(default_root_dir=folder, callbacks=[keep, KeepBest()], **quiet, **every, **limits)
+    made.fit(module, data, ckpt_path=resumed)
+    return module, folder / "last.ckpt"
+
+
+def state(module: HypernetworkTraining) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.network.state_dict().items()}
+
+
+def test_updates_are_accumulated_over_epochs_and_validations(tmp_path: Path) -> None:
+    """Ten batches of two epochs are five updates, of the very batches that follow each other."""
+    module, _ = trained(tmp_path, max_epochs=2)
+    torch.manual_seed(0)
+    hand = MALMENTraining(tiny_base("gpt2"), [1, 2], **SMALL, edit_lr=0.01, meta_lr=1e-3, lr_lr=1e-3, accumulate=2)
+    hand.loss.budget = 64
+    optimizer, batches = hand.configure_optimizers(), list[list[Triple]]()
+    for epoch in range(2):
+        progress = SimpleNamespace(current=SimpleNamespace(completed=0))
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+        at = SimpleNamespace(current_epoch=epoch, fit_loop=loop)
+        data = TripleData("jsonl", str(tmp_path / "e.jsonl"), validation=1)
+        data.trainer = cast("Any", at)
+        data.setup("fit")
+        batches += list(data.train_dataloader())
+    assert [t.edit for b in batches[:5] for t in b] != [t.edit for b in batches[5:] for t in b], "in another order"
+    for number, batch in enumerate(batches, 1):
+        factors = hand.factors([triple.edit for triple in batch])
+        for name, each in factors.items():
+            hand.network.observe(name, each)
+        weights = hand._edited(factors)
+        hand.loss(batch, weights, backward=True)
+        for name, each in factors.items():
+            gradient = weights[name].grad
+            assert gradient is not None
+            hand.network.backward(name, each, gradient / 2)
+        if number % 2 == 0:
+            torch.nn.utils.clip_grad_norm_(hand.network.parameters(), hand.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(tensor, state(hand)[name]) for name, tensor in state(module).items())
+
+
+def test_a_training_that_goes_on_is_one_that_never_stopped(tmp_path: Path) -> None:
+    """Stopped in the middle of an epoch and of an update."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "half").mkdir()
+    whole, _ = trained(tmp_path / "whole", max_epochs=2)
+    _, checkpoint = trained(tmp_path / "half", max_steps=2)
+    kept = torch.load(checkpoint, weights_only=True)
+    assert kept["global_step"] == 1
+    assert kept["gradients"], "the third batch waits for the fourth"
+    resumed, _ = trained(tmp_path / "half", max_epochs=2, ckpt_path=checkpoint)
+    assert all(torch.equal(tensor, state(resumed)[name]) for name, tensor in state(whole).items())
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
+    module, checkpoint = trained(tmp_path, max_steps=2)
+    other = MALMENTraining(module.base, [2, 3], **SMALL, edit_lr=0.01)
+    with pytest.raises(KeditError, match=r"expected a checkpoint of layers \[2, 3\], got one of \[1, 2\]"):
+        other.on_load_checkpoint(torch.load(checkpoint, weights_only=True))
+
+
+def test_the_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, keep = list[float](), KeepBest()
+    monkeypatch.setattr(keep, "_write", lambda trainer, _: written.append(trainer.callback_metrics["validation/loss"]))
+    for step, loss in enumerate((9.0, 3.0, 4.0, 2.0)):
+        at = SimpleNamespace(callback_metrics={"validation/loss": loss}, global_step=step, log_dir=str(tmp_path))
+        keep.on_validation_end(cast("Any", at), cast("Any", None))
+    keep.on_train_end(cast("Any", at), cast("Any", None))
+    assert written == [3.0, 2.0], "untrained ones are not"
+    went_on = KeepBest()
+    (tmp_path / "old.safetensors").write_text("the best")
+    went_on.load_state_dict({"best": 2.0, "file": str(tmp_path / "old.safetensors")})
+    went_on.on_train_start(cast("Any", at), cast("Any", None))
+    assert ((tmp_path / FILE).read_text(), went_on.best) == ("the best", 2.0)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """Training in bfloat16 moves the network; float16 is refused."""
+    module, _ = trained(tmp_path, torch.bfloat16, max_epochs=1)
+    assert all(tensor.isfinite().all() for tensor in state(module).values())
+    assert any(float(block.up.norm()) > 0 for block in module.network.networks.modules() if hasattr(block, "up"))
+    base = LanguageModel.wrap(tiny_base("gpt2").model.half(), tiny_base("gpt2").tokenizer)
+    with pytest.raises(KeditError, match="expected float32 or bfloat16 for MEND and MALMEN, got float16"):
+        MALMENTraining(base, [1])
 
 
 # ---------------------------------------------------------------------- editing
@@ -294,6 +416,45 @@ def test_a_hypernetwork_that_does_not_fit_is_one_line(what: str, message: str, t
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "more", "yes"),
+    [
+        ("model: {class_path: kedit_lightning.hypernetworks.training.MENDTraining}", [], True),
+        ("model: MALMENTraining", [], True),
+        ("model: {class_path: MALMEN}", [], False),
+        ("trainer: {max_steps: 3}", [], False),
+        ("trainer: {max_steps: 3}", ["--model", "MENDTraining"], True),
+        ("trainer: {max_steps: 3}", ["--model={class_path: MENDTraining}"], True),
+        ("model: {class_path: MALMEN}", ["--model.class_path=MALMENTraining"], True),
+        ("model: MENDTraining", ["-c", "missing.yaml"], True),
+        ("- no", [], False),
+    ],
+)
+def test_what_fit_trains_and_what_it_edits(config: str, more: list[str], yes: bool, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(config)
+    assert trains(["fit", f"--config={path}", *more]) == yes
+    assert trains(["fit", "-c", str(path), *more]) == yes
+
+
+@pytest.mark.parametrize("kind", ["missing", "damaged"])
+def test_a_checkpoint_that_cannot_be_gone_on_with_is_one_line(kind: str, tmp_path: Path) -> None:
+    base, path = save_tiny("gpt2", tmp_path / "base"), tmp_path / "x.ckpt"
+    if kind == "damaged":
+        path.write_bytes(b"x" * 100)
+    records = jsonl(tmp_path / "e.jsonl", [e.as_record() for e in TRIPLES])
+    config = {
+        "base": {"name": str(base)},
+        "model": {"class_path": "MENDTraining", "init_args": {"layers": [1], **SMALL}},
+        "data": {"dataset": "jsonl", "path": str(records), "validation": 1},
+        "trainer": {"default_root_dir": str(tmp_path / "logs"), "accelerator": "cpu"},
+    }
+    result = kedit("fit", "--config", write(tmp_path / "t.yaml", config), "--ckpt_path", path)
+    assert (result.status, result.err.count("\n")) == (1, 1), result.err
+    assert f"{path}: expected the checkpoint of a training" in result.err
+    assert not (tmp_path / "logs").exists()
+
+
 def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
     base = save_tiny("gpt2", tmp_path / "base")
     model = {"class_path": "MEND", "init_args": {"hypernetwork": str(tmp_path / "none")}}
@@ -313,7 +474,7 @@ def test_the_command_says_it_in_one_line(tmp_path: Path) -> None:
     [
         ({"parts": ("mlp_in", "mlp"), "networks": "all"}, "networks: expected matrices of one shape"),
         ({"accumulate": 0}, "accumulate and max_tokens of at least 1"),
-        ({"lr": 0.0}, "expected positive numbers"),
+        ({"meta_lr": 0.0}, "expected positive numbers"),
         ({"layers": [2, 1]}, "expected layers"),
     ],
 )
