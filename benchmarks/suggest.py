@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--base", default="almanac")
     parser.add_argument("--world", nargs=3, type=int, metavar=("SEED", "PEOPLE", "PLACES"), default=(0, 1600, 400))
     parser.add_argument("--facts", type=int, default=100, help="what suggest sees")
-    parser.add_argument("--edits", type=int, default=20, help="what it edits at every place")
+    parser.add_argument("--edits", type=int, default=40, help="what it edits at every place")
     parser.add_argument("--others", type=int, default=40, help="on how many other facts all places are measured")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

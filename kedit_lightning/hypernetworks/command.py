@@ -107,7 +107,8 @@ class _TrainCLI(OneLineCLI):
         except KeditError:
             raise
         except Exception as error:
-            msg = f"{given}: expected the checkpoint of a training, …/checkpoints/{CHECKPOINT}.ckpt, got {error}"
+            why = str(error).partition("\n")[0]
+            msg = f"{given}: expected the checkpoint of a training, …/checkpoints/{CHECKPOINT}.ckpt, got: {why}"
             raise KeditError(msg) from error
 
 
