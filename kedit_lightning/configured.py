@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning import LightningModule, Trainer
@@ -108,9 +109,10 @@ def _class(model: object) -> str:
     return str(model.get("class_path") or "") if isinstance(model, dict) else str(model or "")
 
 
-def _below(kind: type) -> Iterator[type]:
+def _below(kind: type[Any]) -> Iterator[type[Any]]:
     for own in kind.__subclasses__():
-        yield from (own, *_below(own))
+        yield own
+        yield from _below(own)
 
 
 def _resuming(args: Sequence[str]) -> list[str]:

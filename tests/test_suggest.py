@@ -96,9 +96,10 @@ def test_top_is_tried_with_several_l_a(world: World, facts: Path) -> None:
     run, _ = suggested(world, facts, "TOP", "top_suggested", layers=[0])
     rows = list(csv.DictReader((run / "sweep.csv").open()))
     tried: dict[str, set[str]] = {}
-    for row in rows[:4]:
+    for row in rows:
         tried.setdefault(row["layers"], set()).add(row["l_a"])
-    assert tried == {layer: {*map(str, spaced(int(layer) + 1, LAYERS - 1, 2))} for layer in tried}
+    first = {layer: {*map(str, spaced(int(layer) + 1, LAYERS - 1, 2))} for layer in tried}
+    assert all(tried[layer] >= l_a for layer, l_a in first.items())
     assert len(tried) == 2
     best = max(rows, key=lambda row: float(row["score"]))
     at_best = {int(row["l_a"]) for row in rows if row["layers"] == best["layers"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -50,6 +50,19 @@ class Capture:
             assert zeros.grad is not None
             found[site] = Factors(keys[where].float(), zeros.grad[where].float())
         return found
+
+
+def captured(
+    base: LanguageModel, batches: Iterable[Batch], sites: Sequence[Site], tokens: Tokens
+) -> dict[Site, Factors]:
+    """What `Capture` keeps of batches of rows, in main memory, without tokens that add nothing to a gradient."""
+    found: dict[Site, list[Factors]] = {site: [] for site in sites}
+    for rows in batches:
+        capture = Capture(base, rows, sites, tokens)
+        capture.forward()[0].sum().backward()  # type: ignore[no-untyped-call]
+        for site, each in capture.factors().items():
+            found[site].append(Factors(*(part.cpu() for part in without_zeros(each))))
+    return {site: Factors(*map(torch.cat, zip(*found.pop(site), strict=True))) for site in sites}
 
 
 def counted(rows: Batch, tokens: Tokens) -> Tensor:

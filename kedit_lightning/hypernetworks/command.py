@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -100,16 +100,10 @@ class _TrainCLI(OneLineCLI):
         self.datamodule.setup("fit")
         self.model.check(self.trainer, self.datamodule)
         given = self.config[str(self.subcommand)].ckpt_path
-        if given is None:
-            return
-        try:
-            self.model.on_load_checkpoint(torch.load(given, map_location="cpu", weights_only=True))
-        except KeditError:
-            raise
-        except Exception as error:
-            why = str(error).partition("\n")[0]
-            msg = f"{given}: expected the checkpoint of a training, …/checkpoints/{CHECKPOINT}.ckpt, got: {why}"
-            raise KeditError(msg) from error
+        if given is not None and not is_zipfile(given):
+            got = "no such file" if not Path(given).exists() else "a damaged file, or one of another kind"
+            msg = f"{given}: expected the checkpoint of a training, …/checkpoints/{CHECKPOINT}.ckpt, got {got}"
+            raise KeditError(msg)
 
 
 def main(args: list[str]) -> None:

@@ -114,7 +114,7 @@ class _Batches(Sampler[list[Place]]):
         generator = torch.Generator().manual_seed(self.seed * EPOCHS + epoch)
         order = torch.randperm(self.n, generator=generator)[:, None]
         places = torch.cat([order, torch.randint(2**31, (self.n, 2), generator=generator)], dim=1)
-        for batch in places[: len(self) * self.size].split(self.size)[done:]:
+        for batch in torch.split(places[: len(self) * self.size], self.size)[done:]:
             yield [(i, one, other) for i, one, other in batch.tolist()]
 
 

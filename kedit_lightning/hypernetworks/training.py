@@ -14,7 +14,7 @@ from torch import Tensor
 from kedit_lightning import solvers
 from kedit_lightning.edits import Edit, Part, Site
 from kedit_lightning.errors import KeditError
-from kedit_lightning.hypernetworks.capture import Capture, Tokens, check_dtype, require, without_zeros
+from kedit_lightning.hypernetworks.capture import Tokens, captured, check_dtype, require
 from kedit_lightning.hypernetworks.data import Triple, TripleData
 from kedit_lightning.hypernetworks.files import Purpose, shapes
 from kedit_lightning.hypernetworks.losses import MetaLoss
@@ -208,13 +208,9 @@ class HypernetworkTraining(LightningModule):
 
     def factors(self, edits: Sequence[Edit]) -> dict[str, Factors]:
         """Keys and gradients of edits on the unedited model, by the names of the matrices, in main memory."""
-        found: dict[str, list[Factors]] = {name: [] for name in self.network.shapes}
-        for rows in self.loss.rows([(edit.text, edit.target_new) for edit in edits]):
-            capture = Capture(self.base, rows, self.sites, self.tokens)
-            capture.forward()[0].sum().backward()  # type: ignore[no-untyped-call]
-            for site, each in capture.factors().items():
-                found[self.base.name(site)].append(Factors(*(part.cpu() for part in without_zeros(each))))
-        return {name: Factors(*map(torch.cat, zip(*found.pop(name), strict=True))) for name in self.network.shapes}
+        rows = self.loss.rows([(edit.text, edit.target_new) for edit in edits])
+        found = captured(self.base, rows, self.sites, self.tokens)
+        return {self.base.name(site): each for site, each in found.items()}
 
     def _edited(self, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
         """The edited weights, as leaves that a gradient can be asked of."""

@@ -15,19 +15,17 @@ from kedit_lightning.editors.base import Preset
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
-from kedit_lightning.metrics.functional import summarize
 from kedit_lightning.models import LanguageModel, collate
 from kedit_lightning.models.encoding import Row, buckets
 from kedit_lightning.models.memory import token_budget
 from kedit_lightning.models.progress import steps
 from kedit_lightning.probes.base import Finding, Probe, Study, usable
-from kedit_lightning.probes.contrast_figure import draw
+from kedit_lightning.probes.contrast_figure import PLACES, draw, means
 from kedit_lightning.probes.lens import ANSWERS, measured, states, unembedded
 from kedit_lightning.probes.word_sets import SETS, WordTokens, read_sets
 
 LOGITS = 2**24
 """Logits that are made at a time."""
-PLACES = ("subject_last", "prediction")
 LEFT_OUT = (7, 8, 132, 376)
 """Cases of MultiCounterFact that the authors' code leaves out."""
 
@@ -255,24 +253,3 @@ class ContrastProbe(Probe):
         rows = [row for model, one in seen.items() for row in means(model, one.values[final_norm], curves)]
         title = f"{notes['prompts']:,} prompts, {'with' if final_norm else 'without'} the final norm"
         return Finding(name, rows, draw(rows, curves, title, layers), notes)
-
-
-def means(model: str, values: Mapping[str, Tensor], curves: Sequence[str]) -> list[Record]:
-    """A line for each position and layer, -1 being the embedding: means over n prompts with 95 % intervals.
-
-    Args:
-        model: Which model it is.
-        values: By name, shape ``(n, 2, l + 1)``; nan is left out.
-        curves: What is taken: ``entropy``, or what has a probability and a rank.
-    """
-    rows: list[Record] = []
-    for place, position in enumerate(PLACES):
-        for layer in range(next(iter(values.values())).shape[2]):
-            row: Record = {"model": model, "position": position, "layer": layer - 1}
-            for curve in curves:
-                names = ["entropy"] if curve == "entropy" else [f"{curve}_probability", f"{curve}_rank"]
-                for name in names:
-                    summary = summarize(values[name][:, place, layer])
-                    row |= {name: summary.mean, f"{name}_ci95": summary.ci95, f"{curve}_n": summary.n}
-            rows.append(row)
-    return rows

@@ -1,4 +1,4 @@
-"""The picture of the contrast probe: ranks, probabilities and entropies over the layers."""
+"""The means and the picture of the contrast probe: ranks, probabilities and entropies over the layers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from kedit_lightning.callbacks.figures import INK, OTHERS, SCORES, STYLE, band, blank, headline
 from kedit_lightning.lines import Record
+from kedit_lightning.metrics.functional import summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,14 +32,36 @@ LINES: Mapping[str, Any] = MappingProxyType(
     {"edited": {"zorder": 3}, "unedited": {"ls": "--", "marker": "", "lw": 1.4, "alpha": 0.9}}
 )
 """Style of each model's curves, where there are two."""
+PLACES = ("subject_last", "prediction")
 TITLES = {"subject_last": "subject's last token", "prediction": "prediction"}
+
+
+def means(model: str, values: Mapping[str, Tensor], curves: Sequence[str]) -> list[Record]:
+    """A line for each position and layer, -1 being the embedding: means over n prompts with 95 % intervals.
+
+    Args:
+        model: Which model it is.
+        values: By name, shape ``(n, 2, l + 1)``; nan is left out.
+        curves: What is taken: ``entropy``, or what has a probability and a rank.
+    """
+    rows: list[Record] = []
+    for place, position in enumerate(PLACES):
+        for layer in range(next(iter(values.values())).shape[2]):
+            row: Record = {"model": model, "position": position, "layer": layer - 1}
+            for curve in curves:
+                names = ["entropy"] if curve == "entropy" else [f"{curve}_probability", f"{curve}_rank"]
+                for name in names:
+                    summary = summarize(values[name][:, place, layer])
+                    row |= {name: summary.mean, f"{name}_ci95": summary.ci95, f"{curve}_n": summary.n}
+            rows.append(row)
+    return rows
 
 
 def draw(rows: Sequence[Record], curves: Sequence[str], title: str, layers: Sequence[int]) -> Figure:
     """A row of panels for each position; the unedited model dashed where an edited one is beside it.
 
     Args:
-        rows: As of `contrast.means`.
+        rows: As of `means`.
         curves: What is drawn.
         title: What was looked at.
         layers: Layers that were edited, which are shaded.

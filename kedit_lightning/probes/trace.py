@@ -126,7 +126,7 @@ class CausalTrace(Probe):
             for trace in there[: self.cases]:
                 case = f"{name}_case_{trace.edit.case_id}"
                 told = {"prompt": trace.edit.text, "answer": trace.answer, "clean": trace.high, "corrupted": trace.low}
-                same = [line[i] for line in before if line[i] and line[i].edit == trace.edit]
+                same = [one for line in before if (one := line[i]) and one.edit == trace.edit]
                 yield Finding(case, single(trace), draw_single([*same, trace]), told)
 
 

@@ -194,7 +194,7 @@ def noise_level(base: LanguageModel, subjects: Sequence[str], noise: float) -> f
         noise: How many times.
     """
     ids = base.tokenizer(list(subjects), add_special_tokens=False)["input_ids"]
-    tokens, counts = torch.tensor([token for line in ids for token in line]).unique(return_counts=True)
+    tokens, counts = torch.unique(torch.tensor([token for line in ids for token in line]), return_counts=True)
     n, total, squares = 0, 0.0, 0.0
     for some, times in zip(tokens.split(TOKENS), counts.split(TOKENS), strict=True):
         vectors, weights = embedded(base, some.tolist()).double(), times.to(base.device).double()[:, None]

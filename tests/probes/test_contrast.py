@@ -22,7 +22,7 @@ from kedit_lightning.edits import Edit, Token
 from kedit_lightning.errors import DataError, KeditError
 from kedit_lightning.models import LanguageModel, collate
 from kedit_lightning.probes import ContrastProbe, Study
-from kedit_lightning.probes.contrast import PLACES, means
+from kedit_lightning.probes.contrast_figure import PLACES, means
 from kedit_lightning.probes.lens import measured
 from kedit_lightning.probes.word_sets import SETS, STOP, WordTokens, read_sets
 from kedit_lightning.single_edits import SingleEdits

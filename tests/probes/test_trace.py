@@ -214,7 +214,7 @@ def test_answers_are_whole() -> None:
     base, (edit,) = planted()
     first = Edit(edit.prompt, edit.subject, "x", f"{edit.target_true}x")
     yes, no = answered(base, [edit, first], "target_true")
-    assert (yes and base.tokenizer.decode([yes.answer]), no) == (edit.target_true, None)
+    assert (yes and base.tokenizer.decode([yes.answer]).strip(), no) == (edit.target_true, None)
     found = look(CausalTrace(corrupt=["subject"], parts=["mlp"], cases=0), base, [edit, first])
     assert found["causal_trace_subject"].notes["unanswered"] == 1
 
