@@ -141,9 +141,9 @@ EAC = {  # of the editor's own configuration what EAC changes: γ on CounterFact
     "memit_llama3-8b": (95, 95, 1e-3),
     "memit_llama2-13b": (95, 95, 1e-3),  # not published, proposed as LLaMA-3-8B
 }
-MEND = {"gpt2-xl": ("gpt2-xl", [45, 46, 47]), "gptj": ("EleutherAI/gpt-j-6B", [25, 26, 27])}
+MEND = {"gpt2-xl": (GPT2_XL, [45, 46, 47]), "gptj": ("EleutherAI/gpt-j-6B", [25, 26, 27])}
 MALMEN = {
-    "gpt2-xl": ("gpt2-xl", [42, 43, 44, 45, 46, 47]),
+    "gpt2-xl": (GPT2_XL, [42, 43, 44, 45, 46, 47]),
     "gptj": ("EleutherAI/gpt-j-6B", [22, 23, 24, 25, 26, 27]),
     "llama-7b": ("huggyllama/llama-7b", [26, 27, 28, 29, 30, 31]),
 }
@@ -200,7 +200,10 @@ NOT_PUBLISHED = ("ft_l_qwen2.5-14b", "rome_llama2-13b", "rome_qwen2.5-14b", "mem
 NOT_PUBLISHED += ("rets_qwen2.5-14b",)
 PROPOSED = {f"configs/{name}.yaml" for name in (*NOT_PUBLISHED, *(f"{editor}_almanac" for editor in MODELS))}
 PROPOSED -= {"configs/mend_almanac.yaml", "configs/malmen_almanac.yaml"}  # all of it is the hypernetwork's
-PROPOSED |= {f"configs/hypernetworks/{name}.yaml" for name in ("mend_almanac", "malmen_almanac", "malmen_gpt2-xl")}
+PROPOSED |= {
+    f"configs/hypernetworks/{name}.yaml"
+    for name in ("mend_almanac", "malmen_almanac", "malmen_gpt2-xl", "malmen_gptj", "malmen_llama-7b")
+}
 PROPOSED |= {f"configs/eac_{editor}_{name}.yaml" for editor in ("rome", "memit") for name in ("almanac", "llama2-13b")}
 PROPOSED |= {f"configs/eac_{editor}_llama2-13b_zsre.yaml" for editor in ("rome", "memit")}
 PROPOSED |= {f"configs/experiments/{name}_almanac.yaml" for name in ("jeep_scaling", "eac_norm", "eac_ft")}

@@ -93,17 +93,25 @@ class _TrainCLI(OneLineCLI):
             }
         )
 
-    def before_fit(self) -> None:
-        """Refuse, before anything is written, what cannot be trained or gone on with."""
-        assert isinstance(self.model, HypernetworkTraining)
-        assert isinstance(self.datamodule, TripleData)
-        self.datamodule.setup("fit")
-        self.model.check(self.trainer, self.datamodule)
-        given = self.config[str(self.subcommand)].ckpt_path
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - as in Lightning
+        """Parse, and look at the checkpoint before Lightning does.
+
+        Raises:
+            KeditError: It is none.
+        """
+        super().parse_arguments(parser, args)
+        given = self.config[self.config["subcommand"]].get("ckpt_path")
         if given is not None and not is_zipfile(given):
             got = "no such file" if not Path(given).exists() else "a damaged file, or one of another kind"
             msg = f"{given}: expected the checkpoint of a training, …/checkpoints/{CHECKPOINT}.ckpt, got {got}"
             raise KeditError(msg)
+
+    def before_fit(self) -> None:
+        """Refuse, before anything is written, what cannot be trained."""
+        assert isinstance(self.model, HypernetworkTraining)
+        assert isinstance(self.datamodule, TripleData)
+        self.datamodule.setup("fit")
+        self.model.check(self.trainer, self.datamodule)
 
 
 def main(args: list[str]) -> None:
