@@ -117,7 +117,10 @@ def read(config: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     for block, kind in kinds.items():
         if (block in optional and block not in experiment) or (block == "variants" and "sweep" in experiment):
             experiment.setdefault(block, kind())
-        elif not isinstance(experiment.get(block), kind):
+        elif block not in experiment:
+            msg = f"{config}: expected an experiment as in configs/experiments, with a {block}, got none"
+            raise KeditError(msg)
+        elif not isinstance(experiment[block], kind):
             msg = f"{config}: expected {block} to be a {kind.__name__}, got {experiment.get(block)!r}"
             raise KeditError(msg)
         elif not experiment[block] and block not in BLOCKS:

@@ -63,7 +63,7 @@ def run_trainer(args: Sequence[str]) -> None:
         args: The whole command line, the command included.
 
     Raises:
-        KeditError: There is no run to be resumed.
+        KeditError: There is no run to be resumed, or it is a training.
     """
     from kedit_lightning import editors, probes  # noqa: F401 - lets a configuration name them by bare class names
     from kedit_lightning.data.datamodule import EditDataModule
@@ -123,6 +123,11 @@ def _resuming(args: Sequence[str]) -> list[str]:
             config = newest(Path(path), SETTINGS) / CONFIG  # the run that `EditTrainer.fit` takes
             if not config.is_file():
                 msg = f"{path}: expected a run directory with a {CONFIG}, such as lightning_logs/edits/version_0"
+                raise KeditError(msg)
+            if trains(["fit", "--config", str(config)]):
+                msg = (
+                    f"{path}: a training goes on by --config {config} --ckpt_path {config.parent}/checkpoints/last.ckpt"
+                )
                 raise KeditError(msg)
             return [args[0], "--config", str(config), *args[1:]]
     return list(args)

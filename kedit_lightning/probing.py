@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kedit_lightning import probes
-from kedit_lightning.callbacks.console import say
+from kedit_lightning.callbacks.console import consoles, say
 from kedit_lightning.callbacks.figures import keep
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
@@ -81,13 +81,20 @@ def keep_finding(trainer: EditTrainer, finding: Finding, n_edits: int) -> None:
 
 def _show(trainer: EditTrainer, findings: Sequence[Finding]) -> None:
     """Notes and short tables on the terminal, and where everything is."""
+    room = min((console.out.width for console in consoles(trainer)), default=0)
     shown, said = list[Text | Table | str](), set[tuple[str, str]]()
     for finding in findings:
-        short = 0 < len(finding.rows) <= SHOWN
+        short = 0 < len(finding.rows) <= SHOWN and wide(finding) <= room
         shown.append(table(finding) if short else Text(f"{finding.name}: {len(finding.rows)} rows", "italic"))
         shown += ["  {}: {}".format(*note) for note in flat(finding.notes) if note not in said]  # probes' share some
         said |= set(flat(finding.notes))
     say(trainer, *shown, f"run directory {trainer.run.path}")
+
+
+def wide(finding: Finding) -> int:
+    """Columns of the terminal that its table takes."""
+    names = finding.rows[0]
+    return sum(3 + max(len(name), *(len(text(row[name])) for row in finding.rows)) for name in names)
 
 
 def table(finding: Finding) -> Table:

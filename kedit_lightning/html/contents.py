@@ -14,6 +14,7 @@ import yaml
 from kedit_lightning.errors import KeditError
 from kedit_lightning.history import sequence
 from kedit_lightning.html.grids import Grid, from_csv, from_rich
+from kedit_lightning.hypernetworks.files import FILE
 from kedit_lightning.lines import Record
 from kedit_lightning.report import count
 from kedit_lightning.run import COMMITS, CONFIG, CONTEXTS, RunDirectory, newest
@@ -143,6 +144,8 @@ class Contents:
             return "" if (self.path / POINTS).is_file() else "unfinished: nothing is measured yet"
         if self._is_fit:
             return f"unfinished: {count(len(sequence(self.run)))} so far; kedit fit --resume {self.path} goes on"
+        if (self.path / FILE).is_file():
+            return "a training, whose curves are in TensorBoard"
         return "" if self.findings or self._tasks else "unfinished: nothing is found yet"
 
     @property

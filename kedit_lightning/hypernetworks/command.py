@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -30,20 +31,29 @@ class KeepBest(Callback):
     """Writes the hypernetwork whose validation loss is the least; the last one where none was validated."""
 
     def __init__(self) -> None:
-        self.best, self.file = float("inf"), ""
+        self.best, self.file, self.validations = float("inf"), "", 0
+        self.checkpoint = Path()
+
+    @property
+    def words(self) -> str:
+        """What the hypernetwork is the best of."""
+        if not self.validations:
+            return "never validated, the last step's: lower trainer.val_check_interval"
+        return f"the best of {self.validations} validations, {LOSS} {self.best:.3g}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The least loss, and where its hypernetwork is."""
-        return {"best": self.best, "file": self.file}
+        """The least loss and of how many, and where its hypernetwork is."""
+        return {"best": self.best, "file": self.file, "validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up."""
-        self.best, self.file = state_dict["best"], state_dict["file"]
+        self.best, self.file, self.validations = (state_dict[name] for name in ("best", "file", "validations"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of a training that goes on the best one so far comes along; where it is gone, the next is the best."""
+        self.checkpoint = place(trainer).parent / "checkpoints" / f"{CHECKPOINT}.ckpt"
         if not Path(self.file).is_file():
-            self.best = float("inf")
+            self.best, self.validations = float("inf"), 0
         elif Path(self.file) != place(trainer):
             write_beside(place(trainer), lambda beside: shutil.copyfile(self.file, beside))
             self.file = str(place(trainer))
@@ -51,6 +61,7 @@ class KeepBest(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it where it is better than all before."""
         loss = float(trainer.callback_metrics.get(LOSS, float("inf")))
+        self.validations += 1
         if trainer.global_step and loss < self.best:
             self.best = loss
             self._write(trainer, pl_module)
@@ -124,6 +135,8 @@ def main(args: list[str]) -> None:
         KeditError: The model, the triples, a checkpoint or a setting cannot be used.
         KeyboardInterrupt: It was interrupted; the text says how to go on.
     """
+    keep = KeepBest()
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # what was the best comes along
     try:
         cli = _TrainCLI(
             HypernetworkTraining,
@@ -134,15 +147,16 @@ def main(args: list[str]) -> None:
             args=args,
             save_config_kwargs={"overwrite": True},
             # Nothing is normalised before a step.
-            trainer_defaults={"callbacks": [KeepBest()], "num_sanity_val_steps": 0, "devices": 1},
+            trainer_defaults={"callbacks": [keep], "num_sanity_val_steps": 0, "devices": 1},
         )
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
             raise
-        msg = f"the same command with --ckpt_path …/checkpoints/{CHECKPOINT}.ckpt goes on from the last validation"
-        raise KeyboardInterrupt(msg) from None
+        go_on = f"the same command with --ckpt_path {keep.checkpoint} goes on from the last validation"
+        raise KeyboardInterrupt(go_on if keep.checkpoint.is_file() else "before the first validation") from None
     where = place(cli.trainer)
     if not where.is_file():
         msg = "nothing was trained: the checkpoint has used up its time or steps; raise trainer.max_time or max_steps"
         raise KeditError(msg)
-    get_console().print(Text(f"{where}: hypernetwork, for model.init_args.hypernetwork of `kedit fit`"), soft_wrap=True)
+    said = f"{where}: hypernetwork ({keep.words}), for model.init_args.hypernetwork of `kedit fit`"
+    get_console().print(Text(said), soft_wrap=True)

@@ -181,7 +181,7 @@ class Hypernetwork(nn.Module, ABC):
             raise KeditError(msg)
         if min(rank, n_blocks) < 1 or not edit_lr:
             got = f"{rank}, {n_blocks} and {edit_lr}"
-            msg = f"expected rank and n_blocks of at least 1 and a edit_lr other than 0, got {got}"
+            msg = f"expected rank and n_blocks of at least 1 and an edit_lr other than 0, got {got}"
             raise KeditError(msg)
         self.places = {name: (i, j) for i, group in enumerate(groups.values()) for j, name in enumerate(group)}
         self.networks = nn.ModuleList(

@@ -243,9 +243,10 @@ def test_the_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         keep.on_validation_end(cast("Any", at), cast("Any", None))
     keep.on_train_end(cast("Any", at), cast("Any", None))
     assert written == [3.0, 2.0], "untrained ones are not"
+    assert keep.words == "the best of 4 validations, validation/loss 2"
     went_on = KeepBest()
     (tmp_path / "old.safetensors").write_text("the best")
-    went_on.load_state_dict({"best": 2.0, "file": str(tmp_path / "old.safetensors")})
+    went_on.load_state_dict({**keep.state_dict(), "file": str(tmp_path / "old.safetensors")})
     went_on.on_train_start(cast("Any", at), cast("Any", None))
     assert ((tmp_path / FILE).read_text(), went_on.best) == ("the best", 2.0)
 
