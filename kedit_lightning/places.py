@@ -41,6 +41,11 @@ class Place:
         offsets = [self.l_a - layer for layer in self.layers]
         return {"layers": list(self.layers), "rel_feat_layer": offsets if len(offsets) > 1 else offsets[0]}
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether no layer is below 0, and JEEP's high ones are above the low ones."""
+        return self.layers[0] >= 0 and (not self.high or self.layers[-1] < self.high[0])
+
     @contextmanager
     def taken(self, editor: Editor) -> Iterator[None]:
         """Let an editor work there for a while; it has to be prepared anew."""
@@ -58,7 +63,7 @@ class Place:
 
 
 def beside(place: Place, last: int) -> list[Place]:
-    """The places one layer below and above: with TOP's l_a moved, where there is one, else the edited layers.
+    """The places one layer below and above: with TOP's l_a moved, or the edited layers, JEEP's low or its high ones.
 
     Args:
         place: The place.
@@ -66,11 +71,18 @@ def beside(place: Place, last: int) -> list[Place]:
 
     >>> [beside.layers for beside in beside(Place((0, 1)), 7)], [beside.l_a for beside in beside(Place((2,), 4), 7)]
     ([(1, 2)], [3, 5])
+    >>> [(beside.layers, beside.high) for beside in beside(Place((0, 1), high=(3,)), 3)]
+    [((1, 2), (3,)), ((0, 1), (2,))]
     """
     if place.l_a is not None:
         return [replace(place, l_a=l_a) for l_a in (place.l_a - 1, place.l_a + 1) if place.layers[-1] < l_a <= last]
-    moved = [tuple(layer + by for layer in place.layers) for by in (-1, 1)]
-    return [replace(place, layers=layers) for layers in moved if layers[0] >= 0 and layers[-1] <= last]
+    found = [replace(place, layers=layers) for layers in _moved(place.layers)]
+    found += [replace(place, high=high) for high in _moved(place.high)]
+    return [other for other in found if other.is_ordered and max(other.layers + other.high) <= last]
+
+
+def _moved(layers: Layers) -> list[Layers]:
+    return [tuple(layer + by for layer in layers) for by in (-1, 1)] if layers else []
 
 
 def ranked(effects: Sequence[float], width: int, last: int) -> list[Layers]:

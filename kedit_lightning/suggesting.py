@@ -85,18 +85,15 @@ class Suggestion:
             The configuration that was written.
         """
         trainer, editor = self.trainer, self.editor
-        rounds = self.tried ** (1 + isinstance(editor, TOP)) if isinstance(editor, ROME) else 0
+        rounds = self.tried ** (1 + isinstance(editor, TOP)) if isinstance(editor, ROME) else 1
         trainer.tell("on_stream_start", editor, rounds * self.edits)
         self.base.to(trainer.strategy.root_device)
         self.singles = SingleEdits(trainer, editor, self.datamodule, fit)
         with closing(trainer.edit_logger):
             editor.restore()
             known = self._known()
-            place, *others = self._places(self._study(known))
-            if others:
-                place = self._sweep(
-                    [place, *others], random.Random(self.seed).sample(known, min(self.edits, len(known)))
-                )
+            places = self._places(self._study(known))
+            place = self._sweep(places, random.Random(self.seed).sample(known, min(self.edits, len(known))))
             path = self._write(place)
         say(trainer, *self.why, f"{path}: {place.settings}")
         return path
@@ -118,7 +115,7 @@ class Suggestion:
         return known
 
     def _places(self, study: Study) -> list[Place]:
-        """What the probes suggest, the likeliest first; only for ROME and TOP there are others to try."""
+        """What the probes suggest, the likeliest first; of several layers at once only that."""
         editor, layers = self.editor, self.base.num_layers
         high = len(editor.layers_high) if isinstance(editor, JEEP) else 0
         above = high or isinstance(editor, TOP)
@@ -178,15 +175,16 @@ class Suggestion:
                     places += [other for other in beside(places[best], last) if other not in places]
                 step(len(rows), len(places), "")
         missing = [name for name in FOUR if name not in rows[0]]
-        l_a = "" if places[best].l_a is None else f" with l_a {places[best].l_a}"
+        chosen = places[best]
+        more = f" with l_a {chosen.l_a}" if chosen.l_a is not None else f" and {list(chosen.high)}" * bool(chosen.high)
         self.why.append(
-            f"layers {list(places[best].layers)}{l_a}: of {len(places)} places tried on {len(edits)} facts, each "
+            f"layers {list(chosen.layers)}{more}: of {len(places)} places tried on {len(edits)} facts, each "
             f"edited by itself, the best harmonic score, {100 * rows[best]['score']:.1f} (sweep)"
         )
         self.why += [f"the records have no prompts for {', '.join(missing)}: not part of that score"] * bool(missing)
         keep_finding(self.trainer, Finding("sweep", rows, draw(rows), {"why": self.why}), len(edits))
         say(self.trainer, table(rows, best))
-        return places[best]
+        return chosen
 
     def lines(self, place: Place, edits: Sequence[Edit], evaluator: Evaluator) -> list[dict[str, float]]:
         """Edit facts at a place, each by itself.
@@ -226,7 +224,7 @@ def row_of(place: Place, metrics: EditMetrics) -> Record:
     found = metrics.compute()
     four = {name: found[name] for name in FOUR if name in found}
     score = harmonic_mean([summary.mean for summary in four.values()])
-    row: Record = {"layers": listed(place.layers), "l_a": place.l_a, "score": score}
+    row: Record = {"layers": listed(place.layers), "high": listed(place.high), "l_a": place.l_a, "score": score}
     row |= {name: summary.mean for name, summary in four.items()}
     return row | {"edits": found["efficacy"].n, **{f"{name}_ci95": one.ci95 for name, one in four.items()}}
 
@@ -235,27 +233,28 @@ def table(rows: Sequence[Record], best: int) -> Table:
     """The sweep in percent."""
     shown = Table(title=f"{rows[0]['edits']} edits at every place", title_justify="left", box=box.HORIZONTALS)
     names = [name for name in ("score", *FOUR) if name in rows[0]]
-    for name in ("layers", "l_a", *(name.replace("_", "-") for name in names)):
+    for name in ("layers", "high", "l_a", *(name.replace("_", "-") for name in names)):
         shown.add_column(name, justify="right")
     for i, row in enumerate(rows):
         scores = (f"{100 * row[name]:.1f}" for name in names)
-        shown.add_row(row["layers"], text(row["l_a"]), *scores, style="bold" if i == best else None)
+        shown.add_row(row["layers"], row["high"], text(row["l_a"]), *scores, style="bold" if i == best else None)
     return shown
 
 
 def draw(rows: Sequence[Record]) -> Figure:
-    """The scores over the edited layers, or over l_a, a panel for each of the edited layers (TOP, Fig. 5)."""
+    """The scores over the edited layers; or over l_a (TOP, Fig. 5) or the high layers, a panel for all others."""
     from matplotlib import rc_context
     from matplotlib.ticker import MaxNLocator
 
-    over_l_a = rows[0]["l_a"] is not None
-    panels = sorted({row["layers"] for row in rows}) if over_l_a else [""]
+    over = "l_a" if rows[0]["l_a"] is not None else "last high layer" if rows[0]["high"] else ""
+    panels = sorted({row["layers"] for row in rows}) if over else [""]
     with rc_context(STYLE):
         figure = blank(max(5.4, 3.6 * len(panels)), 4)
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, panel in zip(axes, panels, strict=True):
-            mine = [row for row in rows if row["layers"] == panel] if over_l_a else rows
-            place = {i: row["l_a"] if over_l_a else int(row["layers"].split(", ")[-1]) for i, row in enumerate(mine)}
+            mine = [row for row in rows if row["layers"] == panel] if over else rows
+            of = [row["l_a"] if over == "l_a" else row["high"] or row["layers"] for row in mine]
+            place = [int(str(layers).split(", ")[-1]) for layers in of]
             for name, colour in zip((*FOUR, "score"), (*SCORES[:3], SCORES[4], INK), strict=True):
                 points = [
                     {"edits": place[i], "mean": 100 * row[name], "ci95": 100 * row.get(f"{name}_ci95", 0.0)}
@@ -265,7 +264,7 @@ def draw(rows: Sequence[Record]) -> Figure:
                 points.sort(key=lambda point: point["edits"])
                 band(axis, points, colour, "harmonic score" if name == "score" else name, ends=(0, 100))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_xlabel(f"l_a, layers {panel} edited" if over_l_a else "last edited layer")
+            axis.set_xlabel(f"{over}, layers {panel} edited" if over else "last edited layer")
             axis.grid(axis="y", zorder=0)
         axes[0].set_ylabel("score × 100")
         axes[-1].legend(fontsize=8)

@@ -117,10 +117,14 @@ def test_jeep_takes_its_high_layers_from_the_contrast(tmp_path: Path) -> None:
     path = made.suggest(editor, data(knowing(base)), facts=4)
     settings = yaml.safe_load(path.read_text())["model"]["init_args"]  # from Python there is no more than the layers
     assert set(settings) == {"layers_low", "layers_high"}
-    assert settings["layers_low"] in ([0, 1], [1, 2])
+    rows = list(csv.DictReader((path.parent / "sweep.csv").open()))
+    best = max(rows, key=lambda row: float(row["score"]))
+    assert [best["layers"], best["high"]] == [", ".join(map(str, settings[name])) for name in settings]
+    assert (rows[0]["layers"], rows[0]["high"]) in {("0, 1", "2"), ("0, 1", "3"), ("1, 2", "3")}
+    assert len(rows) > 1, "those beside it are tried"
     assert settings["layers_high"][0] > settings["layers_low"][-1]
     assert (path.parent / "contrast_final_norm.png").is_file()
-    assert not (path.parent / "sweep.csv").exists()
+    assert (path.parent / "sweep.png").is_file()
     assert (editor.layers_low, editor.layers_high) == ([0, 1], [3])
     assert same(base, before)
 
