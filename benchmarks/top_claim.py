@@ -44,6 +44,7 @@ SHARED: Sequence[dict[str, Any]] = (
 GRID: Mapping[str, Sequence[dict[str, Any]]] = {
     "ROME": (
         *SHARED,
+        {"kl_factor": 1},
         {"v_num_grad_steps": 10},
         {"v_num_grad_steps": 5},
         LONG["ROME"],
@@ -64,6 +65,8 @@ GRID: Mapping[str, Sequence[dict[str, Any]]] = {
 FEW = {name: [{}, {"v_weight_decay": 0.02}, LONG[name]] for name in GRID}
 """Pairs of which both editors are given the same facts, and what is run on the layers beside the first."""
 KINDS = {relation.id: relation.kind for relation in RELATIONS}
+OFFSET = 5
+"""l_a above the edited layer, as published for GPT-J; the last layer where there are fewer."""
 LONGEST = 5
 """Relations of one subject that are edited in sequence."""
 
@@ -95,7 +98,8 @@ def point(
 ) -> list[dict[str, float]]:
     """One run: each edit's metrics. It is kept, if it was not before."""
     facts, which = facts_of(seed, edits), point_of(base, layer, name, changes, seed)
-    lines = ground.measured(name, facts, **ground.settings(layer, changes, seed))
+    last = {"l_a": -1} if name == "TOP" and layer + OFFSET >= ground.base.num_layers else {}
+    lines = ground.measured(name, facts, **ground.settings(layer, {**last, **changes}, seed))
     kinds = {
         kind: [line for line, edit in zip(lines, facts, strict=True) if kind_of(edit) == kind]
         for kind in KINDS.values()
