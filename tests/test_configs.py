@@ -27,6 +27,8 @@ from tests.families import build, default_tokenizer, tokenizer
 ROOT = Path(__file__).parent.parent
 ALL = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 RUNS = [name for name in ALL if not re.search("pretrain.yaml|/(experiments|tasks|hypernetworks)/", name)]
+NUMBERS = re.compile("_(gpt2-xl|gpt-neox-20b|llama-7b|llama2-13b|llama3-8b|qwen2.5-7b|qwen2.5-14b)")
+"""Where a configuration says so it is GPT-J's with other numbers, which are checked here; its run takes its time."""
 ALONE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
 
 # ---------------------------------------------------------------------- numbers, typed from spec/editors.md, section 3
@@ -689,7 +691,9 @@ def small(deep: Deep, name: str) -> tuple[list[str], dict[str, Any], dict[str, A
     return args, overrides, content
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [name if NUMBERS.search(name) is None else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_every_configuration_runs(deep: Deep, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(ROOT)
     args, overrides, content = small(deep, name)

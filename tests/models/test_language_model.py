@@ -670,7 +670,7 @@ def test_layer_out_of_range(base: LanguageModel, layer: int) -> None:
 
 
 def test_block_has_no_weight(gpt2_base: LanguageModel) -> None:
-    with pytest.raises(ModelError, match=r"expected a site with a weight \(attn or mlp\), got block"):
+    with pytest.raises(ModelError, match=r"expected a site with a weight \(attn, mlp or mlp_in\), got block"):
         gpt2_base.weight(Site(0, "block"))
 
 
