@@ -26,8 +26,8 @@ from kedit_lightning.metrics.functional import harmonic_mean
 from kedit_lightning.models.progress import steps
 from kedit_lightning.places import Place, beside, listed, ranked, spaced, steepest
 from kedit_lightning.probes import CausalTrace, ContrastProbe, Finding, Study
-from kedit_lightning.probes.base import Probe, usable
-from kedit_lightning.probes.tracing import answered
+from kedit_lightning.probes.base import Probe
+from kedit_lightning.probes.tracing import of_original
 from kedit_lightning.probing import keep_finding, text
 from kedit_lightning.run import CONFIG
 from kedit_lightning.single_edits import SingleEdits
@@ -105,14 +105,12 @@ class Suggestion:
 
     def _known(self) -> list[Edit]:
         """The facts that the model knows."""
-        sample = self._study(self.datamodule.edits).sample(self.facts, self.seed)
-        knows = answered(self.base, sample, "target_true")
-        known = usable(sample, [one is not None for one in knows], "the model's next token to be the whole target_true")
+        known, found = of_original(self._study(self.datamodule.edits), self.facts, self.seed)
         self.why.append(
-            f"{len(known)} of {len(sample)} facts were used: those that the model knows: its likeliest next token is "
-            "the whole target_true"
+            f"{len(known)} of {found['edits']} facts were used: those that the model knows: its likeliest next token "
+            "is the whole target_true"
         )
-        return known
+        return [one.edit for one in known]
 
     def _places(self, study: Study) -> list[Place]:
         """What the probes suggest, the likeliest first; of several layers at once only that."""

@@ -14,8 +14,6 @@ from safetensors.torch import save as to_bytes
 from kedit_lightning.edits import Part, Site
 from kedit_lightning.errors import KeditError
 from kedit_lightning.hypernetworks.capture import Tokens
-from kedit_lightning.hypernetworks.malmen import MALMENNetwork
-from kedit_lightning.hypernetworks.mend import MENDNetwork
 from kedit_lightning.hypernetworks.network import Hypernetwork
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.models.fingerprint import checksum, fingerprint
@@ -25,7 +23,6 @@ from kedit_lightning.writing import write_beside
 FORMAT = "kedit-hypernetwork-1"
 FILE = "hypernetwork.safetensors"
 TRAINS = "`kedit fit --config configs/hypernetworks/…` trains"
-KINDS: tuple[type[Hypernetwork], ...] = (MENDNetwork, MALMENNetwork)
 
 
 @dataclass(frozen=True)
