@@ -37,7 +37,8 @@ from kedit_lightning.models import LanguageModel, Statistics
 from kedit_lightning.places import Place, listed, ranked, spaced
 from kedit_lightning.probes.tracing import answered
 from kedit_lightning.single_edits import SingleEdits
-from kedit_lightning.suggesting import FOUR, Suggestion
+from kedit_lightning.suggesting import Suggestion
+from kedit_lightning.sweep_table import FOUR
 
 
 def places(editor: Editor) -> list[Place]:

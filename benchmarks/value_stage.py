@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.measuring import machine, resident
 from benchmarks.shapes import SHAPES, Counting, Flop, Shape, build, command, editor, prompt_set
@@ -136,7 +137,7 @@ def measure(
     cases = []
     for stages in zip(*runners.values(), together, strict=True):
         timings, few, many = [Timing() for _ in stages], list[float](), list[float]()
-        for turn in range(rounds + 1):
+        for turn in tqdm(range(rounds + 1), desc=f"{kind}, {stages[-1].name}", unit="round"):
             for i in range(singles):
                 for at in (i, singles + i):
                     runner = list(runners.values())[at]

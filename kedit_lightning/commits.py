@@ -17,10 +17,11 @@ from kedit_lightning.editors import Editor
 from kedit_lightning.editors.stages import latest
 from kedit_lightning.edits import Edit
 from kedit_lightning.errors import RejectedError
-from kedit_lightning.models.fingerprint import checksum, state
+from kedit_lightning.models.fingerprint import state
 from kedit_lightning.models.processes import ranks, same
 from kedit_lightning.resume import random_stream
 from kedit_lightning.run import Content, Record
+from kedit_lightning.tensor_files import checksum
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from kedit_lightning.errors import DeltaError, ModelError
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.models.fingerprint import checksum, fingerprint
+from kedit_lightning.models.fingerprint import fingerprint
 from kedit_lightning.models.processes import of_first
 from kedit_lightning.solvers import times
-from kedit_lightning.writing import write_beside
+from kedit_lightning.tensor_files import TensorFile
 
-FORMAT = "kedit-delta-1"
+FILE = TensorFile(
+    "kedit-delta-1",
+    "delta file",
+    "a run keeps them in its folder as delta.safetensors and deltas/",
+    "take another copy, or edit again",
+    DeltaError,
+)
 MEMORY = "memory/"
 """Begins the names of tensors that are no updates."""
 
@@ -114,24 +117,12 @@ def save(
     Raises:
         KeditError: The file cannot be written; nothing is left of it.
     """
-    # Cloned, because safetensors takes no two tensors that share their memory.
     tensors = {
-        f"{i:06d}/{delta.name}/{kind}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        f"{i:06d}/{delta.name}/{kind}": tensor
         for i, delta in enumerate(deltas)
         for kind, tensor in delta.tensors.items()
     }
-    tensors |= {f"{MEMORY}{name}": tensor.detach().cpu().contiguous() for name, tensor in (memory or {}).items()}
-    header = {"format": FORMAT, "metadata": json.dumps(metadata), "sha256": checksum(tensors)}
-    content = _ordered(to_bytes(tensors, header))
-    write_beside(path, lambda beside: beside.write_bytes(content))
-
-
-def _ordered(content: bytes) -> bytes:
-    """A safetensors file with its header's names in order: the library's order is another in every process."""
-    size = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+    FILE.write(path, tensors | {f"{MEMORY}{name}": tensor for name, tensor in (memory or {}).items()}, metadata)
 
 
 def load(path: Path) -> tuple[list[WeightDelta], dict[str, Any]]:
@@ -146,12 +137,12 @@ def load(path: Path) -> tuple[list[WeightDelta], dict[str, Any]]:
     Raises:
         DeltaError: The file is missing, corrupt, truncated or of another kind.
     """
-    header, tensors = _checked(path)
+    metadata, tensors, _ = FILE.read(path)
     found: dict[str, dict[str, Any]] = {}
     for key in sorted(key for key in tensors if not key.startswith(MEMORY)):
         where, _, kind = key.rpartition("/")
         found.setdefault(where, {})[kind] = tensors[key]
-    return [WeightDelta(where.split("/", 1)[1], **kinds) for where, kinds in found.items()], header["metadata"]
+    return [WeightDelta(where.split("/", 1)[1], **kinds) for where, kinds in found.items()], metadata
 
 
 def load_memory(path: Path) -> dict[str, Tensor]:
@@ -160,7 +151,7 @@ def load_memory(path: Path) -> dict[str, Tensor]:
     Raises:
         DeltaError: The file is missing, corrupt, truncated or of another kind.
     """
-    _, tensors = _checked(path)
+    tensors = FILE.read(path).tensors
     return {key.removeprefix(MEMORY): tensor for key, tensor in tensors.items() if key.startswith(MEMORY)}
 
 
@@ -170,36 +161,7 @@ def load_metadata(path: Path) -> dict[str, Any]:
     Raises:
         DeltaError: The file is missing, corrupt, truncated or of another kind.
     """
-    metadata: dict[str, Any] = _read(path, with_tensors=False)[0]["metadata"]
-    return metadata
-
-
-def _checked(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    header, tensors = _read(path, with_tensors=True)
-    if checksum(tensors) != header["sha256"]:
-        raise _corrupt(path, "the checksum does not fit")
-    return header, tensors
-
-
-def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        msg = f"{path}: no such delta file; a run keeps them in its folder as delta.safetensors and deltas/"
-        raise DeltaError(msg)
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                got = header.get("format", "none")
-                msg = f"{path}: expected a delta file (format {FORMAT}), got a safetensors file of format {got}"
-                raise DeltaError(msg)
-            tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
-        return {"sha256": header["sha256"], "metadata": json.loads(header["metadata"])}, tensors
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise _corrupt(path, error) from error
-
-
-def _corrupt(path: Path, reason: object) -> DeltaError:
-    return DeltaError(f"{path}: the delta file is corrupt or truncated ({reason}); take another copy, or edit again")
+    return FILE.read(path, with_tensors=False).metadata
 
 
 def merge(deltas: Iterable[WeightDelta]) -> list[WeightDelta]:

@@ -49,11 +49,11 @@ def look(
         known = ", ".join(sorted(name for name in probes.__all__ if _is_probe(getattr(probes, name))))
         msg = f"probe: expected --probe and a class, got none; there are {known}"
         raise KeditError(msg)
-    trainer.tell("on_stream_start", editor, len(datamodule.edits))
-    editor.base.to(trainer.strategy.root_device)
     singles, found = SingleEdits(trainer, editor, datamodule, fit), list[Finding]()
     study = Study(editor, datamodule.edits, singles, datamodule.subjects)
-    with closing(trainer.edit_logger):
+    with closing(trainer.edit_logger), trainer.run.begun():
+        trainer.tell("on_stream_start", editor, len(datamodule.edits))
+        editor.base.to(trainer.strategy.root_device)
         editor.restore()
         try:
             for finding in probe.look(study):

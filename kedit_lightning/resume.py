@@ -22,10 +22,11 @@ from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import Editor
 from kedit_lightning.errors import KeditError
 from kedit_lightning.measurement import Measurement
-from kedit_lightning.models.fingerprint import checksum, fingerprint
+from kedit_lightning.models.fingerprint import fingerprint
 from kedit_lightning.models.key_statistics import Identity
 from kedit_lightning.models.processes import ranks, same
 from kedit_lightning.run import SETTINGS, Record, RunDirectory
+from kedit_lightning.tensor_files import checksum
 
 if TYPE_CHECKING:
     from kedit_lightning.trainer import EditTrainer

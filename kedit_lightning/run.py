@@ -70,12 +70,25 @@ class RunDirectory:
         try:
             yield
         except BaseException:
-            for name in PREPARED:
-                (self.path / name).unlink(missing_ok=True)
-            for folder in (deltas, self.path):
-                with suppress(OSError):  # TensorBoard has begun its file
-                    folder.rmdir()
+            self._forget()
             raise
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """If what is done inside the context fails before it has written anything of its own, nothing is left."""
+        try:
+            yield
+        except BaseException:
+            if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= set(PREPARED):
+                self._forget()
+            raise
+
+    def _forget(self) -> None:
+        for name in PREPARED:
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path / "deltas", self.path):
+            with suppress(OSError):  # TensorBoard has begun its file
+                folder.rmdir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -176,9 +176,10 @@ class Studies(Trainer):
         """Suggest where to edit a model that nobody has tuned, on facts that it knows.
 
         Causal tracing says which layers' MLPs bring the answer back at the subject's last token, and JEEP's contrast
-        probe in which layers above them it comes up where it is predicted. MEMIT, PMET, AlphaEdit and JEEP take that.
-        ROME and TOP edit some facts in each of the layers that the trace prefers, TOP with several l_a (its Fig. 5),
-        and take the best harmonic score of efficacy, generalization and both specificities.
+        probe in which layers above them it comes up where it is predicted. Then some facts are edited there (by ROME
+        and TOP in each of the layers that the trace prefers, by TOP with several l_a, its Fig. 5) and beside the best
+        of these places until none is better: that of the best harmonic score of efficacy, generalization and both
+        specificities is taken.
 
         Args:
             model: The editor; how many layers it edits stays as it is, which ones does not count.

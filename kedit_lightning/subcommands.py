@@ -12,6 +12,7 @@ from docstring_parser import parse
 
 from kedit_lightning.callbacks.logs import quiet
 from kedit_lightning.configured import run_trainer, trains
+from kedit_lightning.errors import KeditError
 from kedit_lightning.messages import number
 from kedit_lightning.parsing import OneLineParser
 from kedit_lightning.usage import TRAINER_COMMANDS
@@ -28,7 +29,13 @@ def run(command: str, args: list[str]) -> None:
     if number("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         logging.getLogger("kedit_lightning").setLevel(logging.ERROR)  # the first of several processes warns
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, where there is no network
-    if command == "fit" and trains(args):
+    if command in TRAINER_COMMANDS and trains(args):
+        if command != "fit":
+            msg = (
+                f"{command}: expected the configuration of an editor, got one that trains a hypernetwork, which only "
+                "`kedit fit` does; MEND and MALMEN edit by configs/mend_*.yaml and configs/malmen_*.yaml"
+            )
+            raise KeditError(msg)
         from kedit_lightning.hypernetworks.command import main as train
 
         train(args)

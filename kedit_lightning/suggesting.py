@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -10,38 +11,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich import box
-from rich.table import Table
 
 from kedit_lightning.callbacks.console import say
-from kedit_lightning.callbacks.figures import INK, SCORES, STYLE, band, blank, headline
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.editors import JEEP, MEMIT, RETS, ROME, TOP, Editor
 from kedit_lightning.edits import Edit, Site
 from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
-from kedit_lightning.metrics import EditMetrics, Evaluator
-from kedit_lightning.metrics.functional import harmonic_mean
+from kedit_lightning.metrics import Evaluator
 from kedit_lightning.models.progress import steps
-from kedit_lightning.places import Place, beside, listed, ranked, spaced, steepest
+from kedit_lightning.places import Place, beside, ranked, spaced, steepest
 from kedit_lightning.probes import CausalTrace, ContrastProbe, Finding, Study
 from kedit_lightning.probes.base import Probe
 from kedit_lightning.probes.tracing import of_original
-from kedit_lightning.probing import keep_finding, text
-from kedit_lightning.run import CONFIG
+from kedit_lightning.probing import keep_finding
+from kedit_lightning.resume import settings
+from kedit_lightning.run import CONFIG, newest
 from kedit_lightning.single_edits import SingleEdits
+from kedit_lightning.sweep_table import FOUR, draw, row_of, table
 from kedit_lightning.writing import write_beside, write_csv
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from kedit_lightning.trainer import EditTrainer
 
-SUGGESTED = "suggested.yaml"
+SUGGESTED, KEPT = "suggested.yaml", "suggest.json"
 BLOCKS = ("seed_everything", "base", "model", "data", "trainer")
 """What `kedit fit` takes of a configuration."""
-FOUR = ("efficacy", "generalization", "s_specificity", "r_specificity")
 
 
 class Suggestion:
@@ -73,6 +69,10 @@ class Suggestion:
             raise KeditError(msg)
         self.trainer, self.editor, self.datamodule, self.base = trainer, editor, datamodule, editor.base
         self.facts, self.edits, self.tried, self.seed = facts, edits, tried, seed
+        self.measurement = Measurement(trainer, editor, datamodule)
+        asked = {"facts": facts, "edits": edits, "tried": tried, "seed": seed}
+        self.kept: Record = {"settings": settings(editor, datamodule, self.measurement), "asked": asked}
+        self._go_on()
         self.why: list[str] = []
 
     def run(self, fit: Callable[[], None]) -> Path:
@@ -86,10 +86,10 @@ class Suggestion:
         """
         trainer, editor = self.trainer, self.editor
         rounds = self.tried ** (1 + isinstance(editor, TOP)) if isinstance(editor, ROME) else 1
-        trainer.tell("on_stream_start", editor, rounds * self.edits)
-        self.base.to(trainer.strategy.root_device)
         self.singles = SingleEdits(trainer, editor, self.datamodule, fit)
-        with closing(trainer.edit_logger):
+        with closing(trainer.edit_logger), trainer.run.begun():
+            trainer.tell("on_stream_start", editor, rounds * self.edits)
+            self.base.to(trainer.strategy.root_device)
             editor.restore()
             known = self._known()
             places = self._places(self._study(known))
@@ -97,6 +97,25 @@ class Suggestion:
             path = self._write(place)
         say(trainer, *self.why, f"{path}: {place.settings}")
         return path
+
+    # ------------------------------------------------------------------ what is found is kept
+
+    def _go_on(self) -> None:
+        """Take up the newest version, if it was interrupted and had the same settings."""
+        found = newest(Path(self.trainer.edit_logger.root_dir), KEPT)
+        if (found / KEPT).is_file() and not (found / SUGGESTED).is_file():
+            kept = json.loads((found / KEPT).read_text(encoding="utf-8"))
+            if {name: kept.get(name) for name in self.kept} == self.kept:
+                self.trainer.turn_to(found)
+                self.kept = kept
+                say(self.trainer, f"goes on in {found}, which was interrupted")
+
+    def _once(self, what: str, find: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
+        """What was found before, or is found and kept now."""
+        if what not in self.kept:
+            self.kept[what] = find()
+            self.trainer.run.write_json(KEPT, self.kept)
+        return self.kept[what]
 
     # ------------------------------------------------------------------ looking
 
@@ -150,23 +169,31 @@ class Suggestion:
 
     def _look(self, probe: Probe, study: Study) -> Sequence[Record]:
         """The rows of a probe's finding, which is kept."""
-        (finding,) = probe.look(study)
-        keep_finding(self.trainer, finding, len(study.edits))
-        return finding.rows
+
+        def look() -> Sequence[Record]:
+            (finding,) = probe.look(study)
+            keep_finding(self.trainer, finding, len(study.edits))
+            return finding.rows
+
+        rows: Sequence[Record] = self._once(type(probe).__name__, look)
+        return rows
 
     # ------------------------------------------------------------------ trying
 
     def _sweep(self, places: Sequence[Place], edits: Sequence[Edit]) -> Place:
         """Edit the same facts at every place, each by itself, then beside the best until none is better; the best."""
-        measurement = Measurement(self.trainer, self.editor, self.datamodule)
-        measurement.evaluator.references(edits)
+        evaluator = self.measurement.evaluator
+        evaluator.references(edits)
         sites = sorted({Site(layer, "mlp") for place in places for layer in place.layers}, key=lambda site: site.layer)
         self.editor.statistics.second_moments(self.base, sites)  # of all in one pass; found again later
         rows, last = list[Record](), self.base.num_layers - 1
         with steps("places") as step:
             for place in (places := list(places)):  # which grows
-                lines = self.lines(place, edits, measurement.evaluator)
-                rows.append(row_of(place, measurement.evaluator.collect(edits, lines)))
+
+                def tried(place: Place = place) -> Record:
+                    return row_of(place, evaluator.collect(edits, self.lines(place, edits, evaluator)))
+
+                rows.append(self._once(json.dumps(place.settings), tried))
                 write_csv(self.trainer.run.path / "sweep.csv", rows)  # after an interrupt what there is
                 best = max(range(len(rows)), key=lambda i: rows[i]["score"])  # of equals the one that the trace prefers
                 if len(rows) == len(places):
@@ -215,56 +242,3 @@ class Suggestion:
         text = "".join(f"# {line}\n" for line in [*head, *self.why]) + yaml.safe_dump(content, sort_keys=False)
         write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
         return path
-
-
-def row_of(place: Place, metrics: EditMetrics) -> Record:
-    """The four metrics of a place with their 95 % intervals, as far as the records have prompts, and their score."""
-    found = metrics.compute()
-    four = {name: found[name] for name in FOUR if name in found}
-    score = harmonic_mean([summary.mean for summary in four.values()])
-    row: Record = {"layers": listed(place.layers), "high": listed(place.high), "l_a": place.l_a, "score": score}
-    row |= {name: summary.mean for name, summary in four.items()}
-    return row | {"edits": found["efficacy"].n, **{f"{name}_ci95": one.ci95 for name, one in four.items()}}
-
-
-def table(rows: Sequence[Record], best: int) -> Table:
-    """The sweep in percent."""
-    shown = Table(title=f"{rows[0]['edits']} edits at every place", title_justify="left", box=box.HORIZONTALS)
-    names = [name for name in ("score", *FOUR) if name in rows[0]]
-    for name in ("layers", "high", "l_a", *(name.replace("_", "-") for name in names)):
-        shown.add_column(name, justify="right")
-    for i, row in enumerate(rows):
-        scores = (f"{100 * row[name]:.1f}" for name in names)
-        shown.add_row(row["layers"], row["high"], text(row["l_a"]), *scores, style="bold" if i == best else None)
-    return shown
-
-
-def draw(rows: Sequence[Record]) -> Figure:
-    """The scores over the edited layers; or over l_a (TOP, Fig. 5) or the high layers, a panel for all others."""
-    from matplotlib import rc_context
-    from matplotlib.ticker import MaxNLocator
-
-    over = "l_a" if rows[0]["l_a"] is not None else "last high layer" if rows[0]["high"] else ""
-    panels = sorted({row["layers"] for row in rows}) if over else [""]
-    with rc_context(STYLE):
-        figure = blank(max(5.4, 3.6 * len(panels)), 4)
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for axis, panel in zip(axes, panels, strict=True):
-            mine = [row for row in rows if row["layers"] == panel] if over else rows
-            of = [row["l_a"] if over == "l_a" else row["high"] or row["layers"] for row in mine]
-            place = [int(str(layers).split(", ")[-1]) for layers in of]
-            for name, colour in zip((*FOUR, "score"), (*SCORES[:3], SCORES[4], INK), strict=True):
-                points = [
-                    {"edits": place[i], "mean": 100 * row[name], "ci95": 100 * row.get(f"{name}_ci95", 0.0)}
-                    for i, row in enumerate(mine)
-                    if name in row
-                ]
-                points.sort(key=lambda point: point["edits"])
-                band(axis, points, colour, "harmonic score" if name == "score" else name, ends=(0, 100))
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_xlabel(f"{over}, layers {panel} edited" if over else "last edited layer")
-            axis.grid(axis="y", zorder=0)
-        axes[0].set_ylabel("score × 100")
-        axes[-1].legend(fontsize=8)
-        headline(figure, f"{rows[0]['edits']} single edits at every place")
-    return figure

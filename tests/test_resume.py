@@ -30,11 +30,11 @@ from kedit_lightning.edits import Site
 from kedit_lightning.errors import KeditError
 from kedit_lightning.metrics import Evaluation
 from kedit_lightning.models import LanguageModel, moment_files
-from kedit_lightning.models.fingerprint import checksum
 from kedit_lightning.models.key_statistics import Identity, KeyStatistics
 from kedit_lightning.models.statistics import Statistics
 from kedit_lightning.resume import check_moments, moments
 from kedit_lightning.run import RunDirectory
+from kedit_lightning.tensor_files import checksum
 from kedit_lightning.trainer import EditTrainer
 from tests.commandline import EDITOR, Result, World, done, kedit, write
 from tests.families import save_tiny

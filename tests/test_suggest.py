@@ -17,7 +17,8 @@ from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.places import Place, ranked, spaced, steepest
-from kedit_lightning.suggesting import BLOCKS
+from kedit_lightning.probes.tracing import Tracer
+from kedit_lightning.suggesting import BLOCKS, Suggestion
 from tests.commandline import World, done, flat, jsonl, kedit
 from tests.editors.fitting import bits, make, same
 from tests.families import LAYERS, tiny_base
@@ -64,8 +65,45 @@ def suggested(world: World, facts: Path, editor: str, name: str, **settings: Any
     return world.logs / name / "version_0", shown.out
 
 
-def test_rome_is_tried_where_the_trace_points_and_fit_takes_the_choice(world: World, facts: Path) -> None:
-    run, shown = suggested(world, facts, "ROME", "rome_suggested")
+@pytest.fixture(scope="module")
+def rome(world: World, facts: Path) -> tuple[Path, str]:
+    """What is suggested for ROME: the run's directory, and what was said."""
+    return suggested(world, facts, "ROME", "rome_suggested")
+
+
+def test_an_interrupted_one_goes_on_as_if_it_had_never_stopped(
+    world: World, facts: Path, rome: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, lines, tried = rome[0], Suggestion.lines, list[Place]()
+
+    def interrupted(self: Suggestion, place: Place, *args: Any) -> list[dict[str, float]]:
+        if len(tried) == 1:
+            raise KeyboardInterrupt
+        tried.append(place)
+        return lines(self, place, *args)
+
+    config = whole / "config.yaml"
+    command = ("suggest", "--config", config, "--trainer.name", "rome_interrupted")
+    with monkeypatch.context() as patch:
+        patch.setattr(Suggestion, "lines", interrupted)
+        assert kedit(*command).status == 130
+    run = world.logs / "rome_interrupted" / "version_0"
+    assert not (run / "suggested.yaml").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(Suggestion, "lines", lambda *args: tried.append(args[1]) or lines(*args))
+        patch.setattr(Tracer, "__call__", None)  # what was traced is not traced again
+        assert "which was interrupted" in done(*command).out
+    rows = (run / "sweep.csv").read_text()
+    assert len(tried) == len(set(tried)) == len(rows.splitlines()) - 1
+    assert rows == (whole / "sweep.csv").read_text()
+    chosen = [yaml.safe_load((each / "suggested.yaml").read_text())["model"] for each in (whole, run)]
+    assert chosen[0] == chosen[1]
+    done(*command, "--tried=1")
+    assert (run.with_name("version_1") / "suggested.yaml").is_file(), "a finished one is left alone"
+
+
+def test_rome_is_tried_where_the_trace_points_and_fit_takes_the_choice(world: World, rome: tuple[Path, str]) -> None:
+    run, shown = rome
     trace = [row for row in csv.DictReader((run / "causal_trace_subject.csv").open()) if row["token"] == "ls"]
     preferred = sorted(trace, key=lambda row: -float(row["mean"]))[:2]
     rows = list(csv.DictReader((run / "sweep.csv").open()))

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
 from kedit_lightning.edits import Part, Site
 from kedit_lightning.errors import KeditError
 from kedit_lightning.hypernetworks.capture import Tokens
 from kedit_lightning.hypernetworks.network import Hypernetwork
 from kedit_lightning.models import LanguageModel
-from kedit_lightning.models.fingerprint import checksum, fingerprint
+from kedit_lightning.models.fingerprint import fingerprint
 from kedit_lightning.run import newest
-from kedit_lightning.writing import write_beside
+from kedit_lightning.tensor_files import TensorFile
 
-FORMAT = "kedit-hypernetwork-1"
 FILE = "hypernetwork.safetensors"
 TRAINS = "`kedit fit --config configs/hypernetworks/…` trains"
+KIND = TensorFile("kedit-hypernetwork-1", "hypernetwork", f"{TRAINS} one", "take another copy, or train it again")
 
 
 @dataclass(frozen=True)
@@ -77,12 +71,8 @@ def save(path: Path, network: Hypernetwork, purpose: Purpose) -> None:
     Raises:
         KeditError: The file cannot be written; nothing is left of it.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     about = {"kind": type(network).__name__, "shapes": network.shapes, "settings": network.settings}
-    text = json.dumps(about | {"purpose": asdict(purpose)})
-    header = {"format": FORMAT, "about": text, "sha256": _hash(text, tensors)}
-    content = to_bytes(tensors, header)
-    write_beside(path, lambda beside: beside.write_bytes(content))
+    KIND.write(path, network.state_dict(), about | {"purpose": asdict(purpose)})
 
 
 def load(path: Path, base: LanguageModel, kind: type[Hypernetwork]) -> tuple[Hypernetwork, Purpose, str]:
@@ -100,7 +90,7 @@ def load(path: Path, base: LanguageModel, kind: type[Hypernetwork]) -> tuple[Hyp
         KeditError: There is none, or it is corrupt, of another kind, untrained or of another model.
     """
     file = newest(path, FILE) / FILE if path.is_dir() else path
-    header, about, tensors = _read(file)
+    about, tensors, sha256 = KIND.read(file)
     if about["kind"] != kind.__name__:
         msg = f"{file}: expected a {kind.__name__}, got a {about['kind']}; {TRAINS} one of each kind"
         raise KeditError(msg)
@@ -117,31 +107,4 @@ def load(path: Path, base: LanguageModel, kind: type[Hypernetwork]) -> tuple[Hyp
             f"dtype or edited matrices differ from those of {base.name_or_path}; {TRAINS} one on it"
         )
         raise KeditError(msg)
-    return network.requires_grad_(False), purpose, header["sha256"]
-
-
-def _hash(about: str, tensors: dict[str, Any]) -> str:
-    return sha256((about + checksum(tensors)).encode()).hexdigest()
-
-
-def _read(file: Path) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
-    """Header, description and tensors, whole."""
-    if not file.is_file():
-        msg = f"{file}: no such hypernetwork; {TRAINS} one"
-        raise KeditError(msg)
-    try:
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-            if header.get("format") != FORMAT:
-                got = header.get("format", "none")
-                msg = f"{file}: expected a hypernetwork (format {FORMAT}), got a safetensors file of format {got}"
-                raise KeditError(msg)
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            about = json.loads(header["about"])
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        msg = f"{file}: expected a hypernetwork ({FILE}), got a file that is corrupt or of another kind ({error})"
-        raise KeditError(msg) from error
-    if _hash(header["about"], tensors) != header.get("sha256"):
-        msg = f"{file}: the hypernetwork is corrupt (the checksum does not fit); take another copy, or train it again"
-        raise KeditError(msg)
-    return header, about, tensors
+    return network.requires_grad_(False), purpose, sha256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -78,15 +78,6 @@ def _add_sums(digest: hashlib._Hash, name: str, value: Tensor) -> None:
     bits = value.detach().view(_INTEGERS[value.element_size()])
     for axis, size in enumerate(bits.shape):
         digest.update(bits.movedim(axis, 0).reshape(size, -1).sum(dim=1).cpu().numpy().data)
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors on the CPU with their names and shapes, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].numpy().data.cast("B"))
-    return digest.hexdigest()
 
 
 def _describe(base: LanguageModel) -> hashlib._Hash:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_lightning.errors import StatisticsError
-from kedit_lightning.models.fingerprint import checksum
+from kedit_lightning.tensor_files import checksum
 from kedit_lightning.writing import write_beside
 
 FORMAT = "kedit-statistics-1"

@@ -406,7 +406,7 @@ def bad(tmp_path: Path, what: str) -> tuple[type[MEND | MALMEN], Path]:
         ("untrained", "untrained; `kedit fit --config configs/hypernetworks/…` trains one"),
         ("foreign", "was trained on another model"),
         ("other", r"format kedit-hypernetwork-1\), got a safetensors file of format none"),
-        ("truncated", "corrupt or of another kind"),
+        ("truncated", "the hypernetwork is corrupt or truncated"),
         ("flipped", "the checksum does not fit"),
     ],
 )
@@ -436,6 +436,10 @@ def test_what_fit_trains_and_what_it_edits(config: str, more: list[str], yes: bo
     path.write_text(config)
     assert trains(["fit", f"--config={path}", *more]) == yes
     assert trains(["fit", "-c", str(path), *more]) == yes
+    if yes:
+        refused = kedit("plan", f"--config={path}", *more)
+        assert (refused.status, refused.err.count("\n")) == (1, 1)
+        assert "plan: expected the configuration of an editor, got one that trains a hypernetwork" in refused.err
 
 
 @pytest.mark.parametrize("kind", ["missing", "damaged"])

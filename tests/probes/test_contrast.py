@@ -297,6 +297,7 @@ def test_the_command_leaves_tables_and_figures(world: World) -> None:
     refused = kedit(*asked)
     assert refused.status == 1
     assert "no usable prompt: expected the model's likeliest next token" in refused.err
+    assert not list((world.logs / "contrast").glob("version_*")), "nothing was found, nothing is left"
     done(*asked, "--probe.known", "no", "--probe.final_norm", "no", "--probe.edited", "true")
     run = max((world.logs / "contrast").glob("version_*"))
     lines = list(csv.DictReader((run / "contrast.csv").open()))
