@@ -128,17 +128,19 @@ def before_after(report: Record) -> Figure:
 
 def _bars(axis: Axes, names: Sequence[str], pre: Record, post: Record, unit: str) -> None:
     scale = 100 if unit == "%" else 1
-    longest = 100.0 if unit == "%" else max(summary[name]["mean"] for name in names for summary in (pre, post))
+    most = 100.0 if unit == "%" else math.inf
+    longest = most if unit == "%" else max(summary[name]["mean"] for name in names for summary in (pre, post))
     for summary, offset, colour, label in ((pre, -0.2, BEFORE, "before"), (post, 0.2, AFTER, "after")):
         means = [scale * summary[name]["mean"] for name in names]
         errors = [scale * summary[name].get("ci95", 0.0) for name in names]
         rows = [row + offset for row in range(len(names))]
         axis.barh(rows, means, 0.38, color=colour, label=label, zorder=2)
-        known = [error or math.nan for error in errors]  # where there is none nothing is drawn
-        axis.errorbar(means, rows, xerr=known, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
+        known = [(mean, error or math.nan) for mean, error in zip(means, errors, strict=True)]  # nan: nothing is drawn
+        within = [[min(error, mean) for mean, error in known], [min(error, most - mean) for mean, error in known]]
+        axis.errorbar(means, rows, xerr=within, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
         for row, mean, error in zip(rows, means, errors, strict=True):
             number = f"{mean:.1f}" if unit == "%" else f"{mean:.2f}"
-            axis.text(mean + error + 0.012 * longest, row, number, va="center", fontsize=8.5)
+            axis.text(min(mean + error, most) + 0.012 * longest, row, number, va="center", fontsize=8.5)
     axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
     axis.set_ylim(len(names) - 0.45, -0.55)
     axis.set_xlim(0, 1.12 * longest)

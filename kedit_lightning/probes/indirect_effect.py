@@ -197,7 +197,7 @@ def draw(rows: Sequence[Record], title: str) -> Figure:
         axis.plot([], [], "D", **MARKER, label="ratio of the largest effects")
         axis.axhline(0, color=INK, lw=0.8)
         axis.set_xticks(range(len(names)), [CLASSES[name].replace(" ", "\n") for name in names])
-        axis.set_ylabel("RIE, largest over the layers")
+        axis.set_ylabel("relative indirect effect, largest over layers")
         axis.grid(axis="y", zorder=0)
         figure.legend(loc="outside right center", fontsize=8.5)
         headline(figure, title)

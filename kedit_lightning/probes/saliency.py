@@ -135,7 +135,7 @@ def draw(rows: Sequence[Record], title: str) -> Figure:
             image = axis.imshow(values.numpy(), cmap=colours, vmin=0, aspect="auto", extent=_extent(layers))
             axis.set_yticks(range(len(CLASSES)), [f"{name} ({token})" for token, name in CLASSES.items()])
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.set_xlabel("layer")
+            axis.set_xlabel("layer (grey: no such token, or no gradient)" if values.isnan().any() else "layer")
             axis.set_title("stage {1}, edited layer {0}".format(*stage), loc="left")
             axis.tick_params(length=0)
             figure.colorbar(image, ax=axis, label="‖∂L/∂h‖₂")
