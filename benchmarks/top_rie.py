@@ -91,11 +91,14 @@ def measured(before: Effects, after: Effects) -> Tensor:
 def variants(layer: int, layers: int, *, every: bool) -> list[tuple[str, dict[str, Any]]]:
     """What edits a layer: ROME, and TOP at every l_a above it or only in the middle and at the last layer (-1)."""
     above = [place - layers for place in range(layer + 1, layers)]
+    found: list[tuple[str, dict[str, Any]]] = [("ROME", {}), ("ROME", LONG["ROME"])]
+    if not above:  # of the last layer
+        return found
     l_as = above if every else [above[(len(above) - 1) // 2], -1]
-    return [("ROME", {}), ("ROME", LONG["ROME"]), *[("TOP", {"l_a": l_a}) for l_a in l_as], ("TOP", LONG["TOP"])]
+    return [*found, *[("TOP", {"l_a": l_a}) for l_a in l_as], ("TOP", LONG["TOP"])]
 
 
-def sweep(ground: Ground, runs: Runs, layers: Sequence[int], seeds: Sequence[int], edits: int) -> None:
+def sweep(ground: Ground, runs: Runs, base: str, layers: Sequence[int], seeds: Sequence[int], edits: int) -> None:
     """All runs that are missing."""
     deep = ground.base.num_layers
     todo = [
@@ -109,7 +112,14 @@ def sweep(ground: Ground, runs: Runs, layers: Sequence[int], seeds: Sequence[int
     with steps("sweep") as step:
         for done, (seed, layer, name, changes) in enumerate(todo):
             step(done, len(todo), f"layer {layer}, {name}: {words(changes)}")
-            which: Row = {"layer": layer, "editor": name, "settings": words(changes), "seed": seed}
+            which: Row = {
+                "base": base,
+                "facts": edits,
+                "layer": layer,
+                "editor": name,
+                "settings": words(changes),
+                "seed": seed,
+            }
             if runs.of(**which):
                 continue
             if name == "MEMIT":
@@ -159,8 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     torch.set_num_threads(1)
     runs = Runs(args.out.with_suffix(".csv"))
-    sweep(Ground(args.base), runs, args.layers, args.seeds, args.edits)
-    page(args.out.with_suffix(".md"), tables(runs.rows))
+    sweep(Ground(args.base), runs, args.base, args.layers, args.seeds, args.edits)
+    page(args.out.with_suffix(".md"), tables(runs.of(base=args.base, facts=args.edits)))
 
 
 if __name__ == "__main__":

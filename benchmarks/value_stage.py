@@ -1,7 +1,7 @@
 """The value stage: the suffix forward against the full one with hooks, as a Markdown table.
 
-    python -m benchmarks.value_stage > benchmarks/value_stage.md
-    python -m benchmarks.value_stage --shape gpt-j-6b --layers 4 --singles 1 --no-memory > benchmarks/value_stage_wide.md
+    python -m benchmarks.value_stage > value_stage.md
+    python -m benchmarks.value_stage --shape gpt-j-6b --layers 4 --singles 1 --no-memory > value_stage_wide.md
     python -m benchmarks.value_stage --shape llama-7b --dtype bfloat16 --device cuda
 
 The full path runs every layer on every token, and the head on every token, of one edit at a time, as the released codes

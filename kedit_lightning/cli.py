@@ -96,7 +96,7 @@ def _interrupted(command: str, advice: str = "") -> NoReturn:
         "fit": "; edits that were committed are in the run directory, from which `kedit fit --resume` goes on",
         "compare": "; what was done is kept, and the same command goes on from there",
         "probe": "; what was found is in the run directory",
-        "suggest": "; what was found is in the run directory",
+        "suggest": "; what was found is in the run directory, and the same command goes on from there",
         "scale": "; what was measured is in the run directory, and the same command goes on from there",
     }
     if number("RANK", "LOCAL_RANK", "SLURM_PROCID"):

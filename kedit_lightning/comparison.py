@@ -74,7 +74,8 @@ def compare(
             get_console().print(f"run {number} of {len(todo)}: {name}, seed {seed}", highlight=False)
             begun = newest(place, COMMITS)
             started = any(begun.glob(COMMITS))
-            run_trainer(["fit", "--resume", str(begun)] if started else ["fit", "--config", str(written)])
+            anew = ["--config", str(written), "--trainer.save_dir", str(place.parent)]  # it may have been moved
+            run_trainer(["fit", *(["--resume", str(begun)] if started else anew)])
     runs = {name: [folder / name / f"seed_{seed}" for seed in chosen_seeds] for name in chosen}
     place, title = folder / config.stem, experiment["title"]
     files = curves(runs, experiment["quantities"], place, title) if experiment["quantities"] else []
@@ -140,6 +141,10 @@ def read(config: Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
         if not isinstance(overlay, dict) or set(overlay) - set(BLOCKS):
             msg = f"{config}: variant {name!r}: expected some of the blocks {', '.join(BLOCKS)}, got {overlay!r}"
             raise KeditError(msg)
+        for block, value in overlay.items():
+            if not isinstance(value, dict):
+                msg = f"{config}: variant {name!r}: expected {block} to be a mapping, got {value!r}"
+                raise KeditError(msg)
     return experiment
 
 
@@ -179,6 +184,7 @@ def _extended(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, 
         found |= {"sweep": child["sweep"], "variants": {}}
     found = {name: block for name, block in found.items() if block or name in child}
     if isinstance(variants := child.get("variants"), dict):  # one that says nothing is the parent's of its name
+        found.pop("sweep", None)
         found["variants"] = {name: overlay or parent["variants"].get(name, {}) for name, overlay in variants.items()}
     return found
 
@@ -192,8 +198,11 @@ def _taken(folder: Path, blocks: Any) -> Any:  # noqa: ANN401 - YAML
     if not isinstance(blocks, Mapping) or "config" not in blocks:
         return blocks
     found: dict[str, Any] = {}
-    given = blocks["config"]
-    for name in [given] if isinstance(given, str) else given:
+    given = [blocks["config"]] if isinstance(blocks["config"], str) else blocks["config"]
+    if not isinstance(given, list):
+        msg = f"{folder}: expected config to be a file, or a list of them, got {given!r}"
+        raise KeditError(msg)
+    for name in given:
         if why := wrong_file(folder / str(name)):
             raise KeditError(why)
         content = yaml.safe_load((folder / str(name)).read_text(encoding="utf-8"))

@@ -75,11 +75,19 @@ class RunDirectory:
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """If what is done inside the context fails before it has written anything of its own, nothing is left."""
+        """Make the directory; if the context fails before it has written anything of its own, nothing is left.
+
+        Raises:
+            KeditError: It cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         try:
             yield
         except BaseException:
-            if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= set(PREPARED):
+            if {path.name for path in self.path.iterdir()} <= set(PREPARED):
                 self._forget()
             raise
 

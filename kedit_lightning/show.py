@@ -69,11 +69,15 @@ def is_scaling(run: Path) -> bool:
     return not (newest(run, "metrics.json") / "metrics.json").is_file() and (newest(run, SETTINGS) / SETTINGS).is_file()
 
 
-def read(run: Path) -> Report:
+def read(run: Path, *, scored: bool = True) -> Report:
     """The metrics.json of a run.
 
+    Args:
+        run: A run directory, or the folder of its versions.
+        scored: Whether it must hold scores; those of a run with ``trainer.evaluate: false`` are not there.
+
     Raises:
-        KeditError: There is none, or it is damaged.
+        KeditError: There is none, it is damaged, or it has no scores.
     """
     path = newest(run, "metrics.json") / "metrics.json"
     try:
@@ -86,7 +90,7 @@ def read(run: Path) -> Report:
         msg = f"{path}: expected JSON as a run leaves it, got {error}"
         raise KeditError(msg) from error
     missing = [key for key in ("editor", "edits", "protocol") if not isinstance(report, dict) or key not in report]
-    if missing or not ("pre" in report or "post" in report):
+    if missing or (scored and not {"pre", "post"} & set(report)):
         why = missing[0] if missing else "scores, as of one with trainer.evaluate false; see `kedit log`"
         msg = f"{path}: expected the results of a run, found no {why}"
         raise KeditError(msg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shlex
@@ -10,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from kedit_lightning.callbacks.console import say
@@ -20,14 +22,15 @@ from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluator
+from kedit_lightning.models.fingerprint import fingerprint_below
 from kedit_lightning.models.progress import steps
 from kedit_lightning.places import Place, beside, ranked, spaced, steepest
 from kedit_lightning.probes import CausalTrace, ContrastProbe, Finding, Study
 from kedit_lightning.probes.base import Probe
 from kedit_lightning.probes.tracing import of_original
 from kedit_lightning.probing import keep_finding
-from kedit_lightning.resume import settings
-from kedit_lightning.run import CONFIG, newest
+from kedit_lightning.resume import environment, settings
+from kedit_lightning.run import CONFIG, RunDirectory, newest
 from kedit_lightning.single_edits import SingleEdits
 from kedit_lightning.sweep_table import FOUR, draw, row_of, table
 from kedit_lightning.writing import write_beside, write_csv
@@ -70,8 +73,11 @@ class Suggestion:
         self.trainer, self.editor, self.datamodule, self.base = trainer, editor, datamodule, editor.base
         self.facts, self.edits, self.tried, self.seed = facts, edits, tried, seed
         self.measurement = Measurement(trainer, editor, datamodule)
-        asked = {"facts": facts, "edits": edits, "tried": tried, "seed": seed}
-        self.kept: Record = {"settings": settings(editor, datamodule, self.measurement), "asked": asked}
+        asked = {"facts": facts, "edits": edits, "tried": tried, "seed": seed, "generator": torch.initial_seed()}
+        depends = settings(editor, datamodule, self.measurement) | environment(trainer)
+        depends["weights"] = fingerprint_below(self.base, self.base.num_layers - 1)  # every layer is looked at
+        depends["subjects"] = hashlib.sha256(repr(datamodule.subjects).encode()).hexdigest()
+        self.kept: Record = json.loads(json.dumps({"settings": depends, "asked": asked}))
         self._go_on()
         self.why: list[str] = []
 
@@ -87,7 +93,10 @@ class Suggestion:
         trainer, editor = self.trainer, self.editor
         rounds = self.tried ** (1 + isinstance(editor, TOP)) if isinstance(editor, ROME) else 1
         self.singles = SingleEdits(trainer, editor, self.datamodule, fit)
-        with closing(trainer.edit_logger), trainer.run.begun():
+        with closing(trainer.edit_logger), trainer.run.begun(), trainer.run.locked():
+            if self.goes_on:
+                say(trainer, f"goes on in {trainer.run.path}, which was interrupted", close=False)
+                (trainer.run.path / CONFIG).unlink(missing_ok=True)  # this command's is written next
             trainer.tell("on_stream_start", editor, rounds * self.edits)
             self.base.to(trainer.strategy.root_device)
             editor.restore()
@@ -101,14 +110,14 @@ class Suggestion:
     # ------------------------------------------------------------------ what is found is kept
 
     def _go_on(self) -> None:
-        """Take up the newest version, if it was interrupted and had the same settings."""
+        """Take up the newest version, if it was interrupted and all that its results depend on is the same."""
         found = newest(Path(self.trainer.edit_logger.root_dir), KEPT)
-        if (found / KEPT).is_file() and not (found / SUGGESTED).is_file():
-            kept = json.loads((found / KEPT).read_text(encoding="utf-8"))
-            if {name: kept.get(name) for name in self.kept} == self.kept:
-                self.trainer.turn_to(found)
-                self.kept = kept
-                say(self.trainer, f"goes on in {found}, which was interrupted")
+        kept = RunDirectory(found).read_json(KEPT)
+        same = isinstance(kept, dict) and {name: kept.get(name) for name in self.kept} == self.kept
+        self.goes_on = same and not (found / SUGGESTED).is_file()
+        if self.goes_on:
+            self.trainer.turn_to(found)
+            self.kept = kept
 
     def _once(self, what: str, find: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
         """What was found before, or is found and kept now."""

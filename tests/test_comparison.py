@@ -177,3 +177,21 @@ def test_a_sweep_replaces_that_of_the_file_it_extends(tmp_path: Path) -> None:
     found = read(tmp_path / "two.yaml")
     assert found["sweep"] == {"data.stop": [2, 3]}
     assert found["variants"] == {"2": {"data": {"stop": 2}}, "3": {"data": {"stop": 3}}}
+    (tmp_path / "three.yaml").write_text("extends: one.yaml\nvariants: {mine: {data: {stop: 4}}}\n")
+    found = read(tmp_path / "three.yaml")
+    assert found["variants"] == {"mine": {"data": {"stop": 4}}}
+    assert not found["sweep"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("config:", "expected config to be a file, or a list of them, got None"),
+        ("variants: {mine: {model: }}", "variant 'mine': expected model to be a mapping, got None"),
+    ],
+)
+def test_empty_blocks_are_one_line(tmp_path: Path, more: str, said: str) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text(f"name: s\ntitle: S\nseeds: [0]\nscores: [efficacy]\n{more}\n")
+    with pytest.raises(KeditError, match=said):
+        read(path)

@@ -200,6 +200,19 @@ def test_a_run_that_has_not_ended(runs: dict[str, Path], tmp_path: Path) -> None
         if file.name != "config.yaml":
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     assert "unfinished" in made(tmp_path / "report.html", run).text
+    (run / "suggest.json").write_text(json.dumps({"settings": {"weights": "a1"}}))
+    page = made(tmp_path / "report.html", run)
+    assert "unfinished: the same kedit suggest goes on" in page.text.replace("`", "")
+    assert "a1" not in page.text
+
+
+def test_a_run_that_was_not_measured(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = changed(runs["TOP"], tmp_path / "run", lines(runs["TOP"]))
+    found = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({k: v for k, v in found.items() if k not in ("pre", "post")}))
+    page = made(tmp_path / "report.html", run, runs["ROME"])
+    assert page.data["runs"] == ["TOP", "ROME"]
+    assert len(page.row(LABELS["efficacy"])) == 4, "of the other"
 
 
 def test_what_a_probe_found(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from kedit_lightning.lines import Record
 from kedit_lightning.models import LanguageModel
 from kedit_lightning.places import Place, ranked, spaced, steepest
 from kedit_lightning.probes.tracing import Tracer
+from kedit_lightning.run import RunDirectory
 from kedit_lightning.suggesting import BLOCKS, Suggestion
 from tests.commandline import World, done, flat, jsonl, kedit
 from tests.editors.fitting import bits, make, same
@@ -89,6 +90,10 @@ def test_an_interrupted_one_goes_on_as_if_it_had_never_stopped(
         assert kedit(*command).status == 130
     run = world.logs / "rome_interrupted" / "version_0"
     assert not (run / "suggested.yaml").is_file()
+    with RunDirectory(run).locked():
+        other = kedit(*command)
+    assert (other.status, other.err.count("\n")) == (1, 1)
+    assert "another process is at work on this run" in other.err
     with monkeypatch.context() as patch:
         patch.setattr(Suggestion, "lines", lambda *args: tried.append(args[1]) or lines(*args))
         patch.setattr(Tracer, "__call__", None)  # what was traced is not traced again

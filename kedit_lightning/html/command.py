@@ -65,7 +65,7 @@ def page(called: Sequence[str], runs: Sequence[Contents]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     named = dict(zip(called, runs, strict=True))
-    measured = [(name, run.report) for name, run in named.items() if run.report]
+    measured = [(name, run.report) for name, run in named.items() if run.report and {"pre", "post"} & set(run.report)]
     edited = {name: run for name, run in named.items() if (run.path / "edits.jsonl").is_file()}
     loader = PackageLoader("kedit_lightning.html", "template")
     environment = Environment(

@@ -21,10 +21,11 @@ from kedit_lightning.run import COMMITS, CONFIG, CONTEXTS, RunDirectory, newest
 from kedit_lightning.run import SETTINGS as BEGUN
 from kedit_lightning.scaling_table import POINTS, SETTINGS, scaling_table
 from kedit_lightning.show import flat, is_scaling, read
+from kedit_lightning.suggesting import KEPT, SUGGESTED
 from kedit_lightning.tasks.command import table as tasks_table
 
 TASKS = "tasks.json"
-OWN = {"metrics.json", BEGUN, CONTEXTS, SETTINGS, TASKS}
+OWN = {"metrics.json", BEGUN, CONTEXTS, SETTINGS, TASKS, KEPT}
 """JSON files that are no notes of a probe."""
 TITLES = {"before_after": "before and after", "curve": "scores over the edits", "health": "health of the model"}
 """Names of figures, where their files' do not say it."""
@@ -80,7 +81,7 @@ class Contents:
         self.scaling = is_scaling(path)
         self.path = newest(path, SETTINGS if self.scaling else "metrics.json")
         self.run = RunDirectory(self.path)
-        self.report = read(self.path) if (self.path / "metrics.json").is_file() else None
+        self.report = read(self.path, scored=False) if (self.path / "metrics.json").is_file() else None
         if not self.report and not self.findings and not any(self._left()):
             msg = f"{path}: expected a run directory such as lightning_logs/edits/version_0, found no file of one"
             raise KeditError(msg)
@@ -146,6 +147,8 @@ class Contents:
             return f"unfinished: {count(len(sequence(self.run)))} so far; kedit fit --resume {self.path} goes on"
         if (self.path / FILE).is_file():
             return "a training, whose curves are in TensorBoard"
+        if (self.path / KEPT).is_file() and not (self.path / SUGGESTED).is_file():
+            return "unfinished: the same `kedit suggest` goes on"
         return "" if self.findings or self._tasks else "unfinished: nothing is found yet"
 
     @property

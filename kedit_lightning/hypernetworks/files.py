@@ -16,7 +16,7 @@ from kedit_lightning.tensor_files import TensorFile
 
 FILE = "hypernetwork.safetensors"
 TRAINS = "`kedit fit --config configs/hypernetworks/…` trains"
-KIND = TensorFile("kedit-hypernetwork-1", "hypernetwork", f"{TRAINS} one", "take another copy, or train it again")
+KIND = TensorFile("kedit-hypernetwork-2", "hypernetwork", f"{TRAINS} one", "take another copy, or train it again")
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class ContrastProbe(Probe):
         if left_out:
             skipped["left out by the authors"] = len(edits) - len(asked)
         if self.known:
-            right = [q.original == said for q, said in zip(questions, before.likeliest.tolist(), strict=True)]
+            right = self._said(base, questions, before.likeliest, "target_true")
             usable(with_answer, right, "the model's likeliest next token to be the first of target_true")
             skipped["not answered as expected"] = right.count(False)
             kept = [i for i, yes in enumerate(right) if yes]
@@ -148,8 +148,7 @@ class ContrastProbe(Probe):
         if self.edited:
             seen["edited"] = after = self._see_edited(study, questions, sets)
             skipped["edit rejected"] = int((after.likeliest < 0).sum())
-            said = zip(questions, after.likeliest.tolist(), strict=True)
-            notes["edits whose target is likeliest"] = sum(q.target == token for q, token in said)
+            notes["edits whose target is likeliest"] = sum(self._said(base, questions, after.likeliest, "target_new"))
         layers = sorted({site.layer for site in study.editor.sites()}) if self.edited else []
         for norm in self.norms:
             suffix = "_final_norm" if norm else ""
@@ -164,6 +163,13 @@ class ContrastProbe(Probe):
         row = base.encode(edit.text, None, (start, start + len(edit.subject)))
         original, target = (self._first(base, edit.text, answer) for answer in (edit.target_true, edit.target_new))
         return Question(edit, row, original, target)
+
+    @staticmethod
+    def _said(base: LanguageModel, questions: Sequence[Question], likeliest: Tensor, answer: str) -> list[bool]:
+        """Whether the likeliest next token of each prompt is the first of an answer as it is continued."""
+        edits = [question.edit for question in questions]
+        firsts = [base.encode(edit.text, getattr(edit, answer)).targets[0] for edit in edits]
+        return [first == said for first, said in zip(firsts, likeliest.tolist(), strict=True)]
 
     def _first(self, base: LanguageModel, prompt: str, answer: str | None) -> int:
         """The first token of an answer to a prompt."""

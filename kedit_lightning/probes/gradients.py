@@ -14,7 +14,7 @@ from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit, Site, Token
 from kedit_lightning.models import Batch, LanguageModel
 from kedit_lightning.models.full import FullForward
-from kedit_lightning.probes.token_classes import CLASSES, classes_of
+from kedit_lightning.probes.token_classes import CLASSES, classes_of, token_classes
 
 Prompts = Literal["bare", "all"]
 """Which of an edit's rows count: its prompt by itself, or in every context template."""
@@ -86,8 +86,8 @@ class Gradients:
         self.place = {edit: i for i, edit in enumerate(edits)}
         self.shape = len(edits), steps, editor.base.num_layers, len(CLASSES)
         self.maps: dict[tuple[int, str], Tensor] = {}
-        names = ["", *CLASSES]
-        self.classes = [[names.index(token) - 1 for token in classes_of(editor.base, edit)] for edit in edits]
+        self.classes = [classes_of(editor.base, edit) for edit in edits]
+        self.prefixes = [classes.count("rp") for classes in self.classes]
 
     @property
     def used(self) -> int:
@@ -98,7 +98,7 @@ class Gradients:
     @property
     def missing(self) -> list[str]:
         """The token classes of which no prompt has a token."""
-        return [token for i, token in enumerate(CLASSES) if not any(i in classes for classes in self.classes)]
+        return [token for token in CLASSES if not any(token in classes for classes in self.classes)]
 
     def drop(self, edits: Sequence[Edit]) -> None:
         """Forget edits that were rejected."""
@@ -114,11 +114,13 @@ class Gradients:
             first = torch.ones_like(owner, dtype=torch.bool)
             first[1:] = owner[1:] != owner[:-1]
             asks, owner = asks[first], owner[first]
-        ends = rows.at[Token.PROMPT_LAST].cpu()[asks]
+        spans = [rows.at[token].cpu()[asks] for token in (Token.SUBJECT_FIRST, Token.SUBJECT_LAST, Token.PROMPT_LAST)]
+        ends, names = spans[-1], ["", *CLASSES]
         kinds = torch.full((len(asks), rows.input_ids.shape[1]), -1)
-        for line, (i, end) in enumerate(zip(owner.tolist(), ends.tolist(), strict=True)):
-            classes = self.classes[self.place[self.editor.edits[i]]][-end - 1 :]
-            kinds[line, end + 1 - len(classes) : end + 1] = torch.tensor(classes)
+        for line, (i, first, last, end) in enumerate(zip(owner.tolist(), *map(Tensor.tolist, spans), strict=True)):
+            begin = max(0, first - self.prefixes[self.place[self.editor.edits[i]]])
+            classes = token_classes(end + 1, first, last, begin)  # a subject behind a template may have other tokens
+            kinds[line, : end + 1] = torch.tensor([names.index(token) - 1 for token in classes])
         below = kinds.clone()
         below[torch.arange(len(ends)), ends] = -1
         asked = torch.nonzero(prompts)[:, 0]

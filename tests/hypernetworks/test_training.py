@@ -405,7 +405,7 @@ def bad(tmp_path: Path, what: str) -> tuple[type[MEND | MALMEN], Path]:
         ("kind", "expected a MALMENNetwork, got a MENDNetwork"),
         ("untrained", "untrained; `kedit fit --config configs/hypernetworks/…` trains one"),
         ("foreign", "was trained on another model"),
-        ("other", r"format kedit-hypernetwork-1\), got a safetensors file of format none"),
+        ("other", r"format kedit-hypernetwork-2\), got a safetensors file of format none"),
         ("truncated", "the hypernetwork is corrupt or truncated"),
         ("flipped", "the checksum does not fit"),
     ],

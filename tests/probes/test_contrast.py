@@ -163,6 +163,8 @@ def test_prompts_that_are_not_answered_as_expected_are_skipped_and_counted(promo
         assert finding.notes["skipped"] == {"without target_true": 1, "not answered as expected": 1}
         assert {row["original_n"] for row in finding.rows} == {1}
         assert finding.figure is not None
+    released = next(ContrastProbe(preset="released").look(study(promoting, [wrong, unknown, right])))
+    assert released.notes["prompts"] == 1, "what is known does not hang on which token is looked at"
     with pytest.raises(KeditError, match=r"^no usable prompt: expected the model's likeliest next token .* among 1 "):
         list(ContrastProbe().look(study(promoting, [wrong])))
     with pytest.raises(KeditError, match=r"^no usable prompt: expected an edit with target_true"):

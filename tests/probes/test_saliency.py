@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kedit_lightning.errors import KeditError
 from kedit_lightning.lines import Record
 from kedit_lightning.models import LanguageModel, collate
 from kedit_lightning.probes import Finding, GradientSaliency
+from kedit_lightning.probes.gradients import Gradients, pooled
 from kedit_lightning.probes.token_classes import CLASSES, classes_of
 from tests.editors.fitting import VALUES, bits, end_at, make, same, trainer, untouched
 from tests.families import EDITS, FAMILY_CONFIGS, tiny_base
@@ -112,6 +114,38 @@ def test_the_loss_being_a_mean_over_prompts_is_undone(tmp_path: Path) -> None:
     longer = make("ROME", base, v_num_grad_steps=2, context_templates=ContextTemplates(templates=[["{}", "Yes. {}"]]))
     other = looked(tmp_path, longer, EDITS[:2], epochs=[1], prompts="all")[0].rows
     assert at(other, 1, "ls")["gradient"] != pytest.approx(at(found[0], 1, "ls")["gradient"], rel=1e-3)
+
+
+def test_classes_stand_where_each_row_has_its_subject() -> None:
+    base = LanguageModel("almanac")
+    edit = Edit("The mother tongue of {} is", "Robert Fasazar", "Ulm", case_id=0)
+    bare = Edit("{} was born in", "Robert Fasazar", "Ulm", case_id=1)
+    templates = ContextTemplates(templates=[["{}", "Yes. {}"]])
+    editor = make("ROME", base, v_num_grad_steps=1, context_templates=templates)
+    editor.prepare_rows()
+    editor.begin([edit, bare])
+    editor.take_up(editor.parts[0])
+    rows = editor.batch.rows
+    assert base.encode("Robert").ids != base.encode("Yes. Robert").ids[-len(base.encode("Robert").ids) :]
+    gradients = Gradients(editor, [edit, bare], 1, "all")
+    asks = (rows.labels >= 0).any(dim=1).nonzero()[:, 0].tolist()
+    seen: list[Tensor] = []
+
+    def kept(norms: Tensor, kinds: Tensor) -> Tensor:
+        seen.append(kinds)
+        return pooled(norms, kinds)
+
+    with patch("kedit_lightning.probes.gradients.pooled", kept), patch.object(gradients, "_add"):
+        gradients.watch(rows)(0, torch.ones(len(rows), rows.input_ids.shape[1]))
+    names = list(CLASSES)
+    for line, row in enumerate(asks):
+        first, last, end = (
+            int(rows.at[token][row]) for token in (Token.SUBJECT_FIRST, Token.SUBJECT_LAST, Token.PROMPT_LAST)
+        )
+        assert (seen[0][line] == names.index("fs")).nonzero()[:, 0].tolist() == [first]
+        assert (seen[0][line] == names.index("ls")).nonzero()[:, 0].tolist() == [last]
+        assert (seen[0][line] == names.index("lr")).nonzero()[:, 0].tolist() == [end]
+        assert (seen[0][line, :first] == -1).all() or rows.owner[row] == 0, "a template has no class"
 
 
 def test_in_parts_as_together_and_each_edit_with_the_steps_that_it_took(tmp_path: Path) -> None:
