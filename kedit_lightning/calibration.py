@@ -105,6 +105,7 @@ def _steps(editor: Editor, layer: int, *, warm: bool) -> list[Step]:
     if not warm:
         editor.take_up(part)
         _step(editor, next(editor.course()), layer, part.tokens)
+        editor.forwards.forget()  # whose pass is to be timed as well
     editor.take_up(part)
     return [_step(editor, stage, layer, part.tokens) for stage in editor.course()]
 
@@ -146,7 +147,7 @@ def _step(editor: Editor, stage: Stage, layer: int, part: int) -> Step:
     )
 
 
-def measuring_an_edit(evaluator: Evaluator, edits: Sequence[Edit], *, scored: bool) -> tuple[float, float]:
+def measuring_an_edit(evaluator: Evaluator, edits: Sequence[Edit], *, scored: bool) -> tuple[float, float, float]:
     """Seconds that it takes to measure an edit, by doing it.
 
     Args:
@@ -155,14 +156,16 @@ def measuring_an_edit(evaluator: Evaluator, edits: Sequence[Edit], *, scored: bo
         scored: Whether edits are scored, beside their greedy answers.
 
     Returns:
-        Seconds each time that an edit is measured, and those that the unedited model takes once more.
+        Seconds each time that an edit is measured, at a checkpoint, which writes no texts, and those that the unedited
+        model takes once more.
     """
     each, _ = timed(evaluator.base, lambda: evaluator.answers(edits))
-    once = 0.0
+    once = at_checkpoint = 0.0
     if scored:
         once, _ = timed(evaluator.base, lambda: evaluator.references(edits))
         each += timed(evaluator.base, lambda: evaluator.update(evaluator.new(), edits))[0]
-    return each / len(edits), once / len(edits)
+        at_checkpoint, _ = timed(evaluator.base, lambda: evaluator.update(evaluator.new(), edits, texts=False))
+    return each / len(edits), at_checkpoint / len(edits), once / len(edits)
 
 
 TRIED = 1024

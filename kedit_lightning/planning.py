@@ -14,6 +14,7 @@ from torch import nn
 from kedit_lightning import report
 from kedit_lightning.calibration import measuring_an_edit, seconds_of_a_token, step_of_every_stage
 from kedit_lightning.callbacks.base import EditCallback
+from kedit_lightning.checkpoints import Checkpoints
 from kedit_lightning.data.datamodule import SIDE_BY_SIDE, EditDataModule, batched
 from kedit_lightning.editors import Editor
 from kedit_lightning.edits import Edit, Site
@@ -48,7 +49,7 @@ def plan(trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -> Pl
     """
     base, edits, groups = editor.base, datamodule.edits, list(datamodule.groups())
     batches = [batch for group in groups for batch in group]
-    evaluator = Measurement(trainer, editor, datamodule).evaluator
+    evaluator = Checkpoints(trainer, Measurement(trainer, editor, datamodule)).measurement.evaluator
     editor.restore()
     editor.prepare_rows()
     editor.moments = _stand_ins(editor)
@@ -63,8 +64,10 @@ def plan(trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -> Pl
         done = step_of_every_stage(editor, fits[0][:most]) if most else []
         rows = count(editor, fits)
         moments = _moments(editor)
-        each, once = measuring_an_edit(evaluator, edits[: min(TRIED, len(groups[0]) * beside)], scored=trainer.evaluate)
+        tried = edits[: min(TRIED, len(groups[0]) * beside)]
+        each, at_checkpoint, once = measuring_an_edit(evaluator, tried, scored=trainer.evaluate)
     finally:
+        editor.forwards.forget()
         editor.deltas, editor.moments, editor.outcomes = nn.ModuleList(), {}, []
     needs = [Need(place(at), f"{report.count(n)} together", fixed + n * one) for at, (fixed, one) in asked.items()]
     needs += _held(editor)
@@ -72,6 +75,7 @@ def plan(trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -> Pl
         largest = max(step.memory * rows.largest / step.part for step in done)
         needs.append(Need(place(base.device), f"a step of {rows.largest:,} tokens", largest))
     commits = [editor.update_size(len(batch)) + editor.memory_size(len(batch)) for batch in batches]
+    again = sum(at for at in trainer.evaluate_at if at <= len(edits))
     merged = editor.update_size(sum(map(len, groups[-1])))
     needs.append(Need(DISK, "updates", sum(commits) + merged))
     return Plan(
@@ -88,7 +92,7 @@ def plan(trainer: EditTrainer, editor: Editor, datamodule: EditDataModule) -> Pl
         free={place(device): size for device, size in free.items()} | {DISK: _free_disk(trainer.run.path)},
         beside=beside,
         room=most,
-        measuring=len(edits) * (2 * each + once) + sum(min(at, len(edits)) for at in trainer.evaluate_at) * each,
+        measuring=len(edits) * (2 * each + once) + again * at_checkpoint,
         commits=commits,
         merged=merged,
         run=trainer.run.path,
@@ -165,6 +169,7 @@ def _moments(editor: Editor) -> Moments:
     """What is there of the second moments, and how long the rest takes."""
     base, statistics, sites = editor.base, editor.statistics, editor.sites()
     if statistics.source == "identity" or statistics.given:
+        statistics.second_moments(base, sites)  # a given file is read, and so checked
         return Moments(len(sites) if statistics.given else 0)
     missing = [site for site, path in statistics.files(base, sites).items() if not path.is_file()]
     if not missing:
@@ -176,11 +181,10 @@ def _moments(editor: Editor) -> Moments:
 
 def _held(editor: Editor) -> Iterator[Need]:
     """What a run keeps from the first edit to the last: second moments, and the edited weights as they were."""
-    base, statistics = editor.base, editor.statistics
-    if statistics.source != "identity":
+    base = editor.base
+    if bits := torch.finfo(editor.moments_dtype).bits if editor.moments_dtype else 0:
         widths = [base.weight(site).shape[1] for site in editor.sites()]
-        of_one = torch.finfo(getattr(torch, statistics.mom2_dtype)).bits // 8
-        yield Need(place(torch.device("cpu")), "second moments", of_one * sum(k * k for k in widths))
+        yield Need(place(torch.device("cpu")), "second moments", bits // 8 * sum(k * k for k in widths))
     weights = [base.weight(name) for name in editor.names()]
     copies = sum(w.numel() * (2 * w.element_size() + 4 * (w.dtype in HALVES)) for w in weights)
     yield Need(place(base.device), "edited weights, as before the run and before the batch", copies)

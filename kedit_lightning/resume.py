@@ -40,6 +40,8 @@ HASHES = ("edits", "weights")
 """What is kept as a hash, which says nothing to a reader."""
 KEPT = ("seed", "budget", "parallel_edits", "moments")
 """What is known once the editor is prepared; `check_moments` compares the last."""
+MACHINE = ("device", "threads")
+"""What may differ among processes that work together."""
 UNCOMPARED = (*KEPT, "base", "resumed")
 """What is kept beside the settings; a base model may lie elsewhere as long as its weights are the same."""
 
@@ -142,7 +144,7 @@ def check(run: RunDirectory, here: Record, *, anyway: bool) -> Record | None:
 
 
 def check_processes(here: Record) -> None:
-    """See that all processes have the same code, libraries and settings; devices may differ.
+    """See that all processes have the same code, libraries and settings; devices and numbers of threads may differ.
 
     Raises:
         KeditError: They do not.
@@ -152,7 +154,7 @@ def check_processes(here: Record) -> None:
         for file in sorted(Path(__file__).parent.rglob("*.py")):
             code.update(file.read_bytes())
         for what, value in (("the code of kedit_lightning", code.hexdigest()), ("settings and data", here)):
-            known = value if isinstance(value, str) else {k: v for k, v in value.items() if k != "device"}
+            known = value if isinstance(value, str) else {k: v for k, v in value.items() if k not in MACHINE}
             text = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
             same(what, text, "run one version of the command with one configuration on all machines")
 

@@ -17,6 +17,7 @@ from kedit_lightning.errors import KeditError
 from kedit_lightning.gamma import GAMMAS, GammaSearch
 from kedit_lightning.interrupts import interrupts_passed_on
 from kedit_lightning.logger import EditLogger
+from kedit_lightning.models.fingerprint import fingerprint_below
 from kedit_lightning.models.launching import together
 from kedit_lightning.models.processes import agreed
 from kedit_lightning.models.statistics import compute
@@ -25,6 +26,7 @@ from kedit_lightning.plan_table import table
 from kedit_lightning.planning import plan
 from kedit_lightning.probes import Finding, Probe
 from kedit_lightning.probing import look
+from kedit_lightning.resume import check_processes, environment
 from kedit_lightning.run import Record, RunDirectory
 from kedit_lightning.scaling import SEEDS, Scaling
 from kedit_lightning.suggesting import Suggestion
@@ -112,6 +114,8 @@ class Studies(Trainer):
         base.check_processes(self.world_size)
 
         def work() -> None:
+            weights = fingerprint_below(base, max(site.layer for site in sites))
+            check_processes({**model.config, **environment(cast("EditTrainer", self)), "weights": weights})
             self.tell("on_statistics", compute(base.to(self.strategy.root_device), statistics, sites))
 
         together(self, work)

@@ -28,6 +28,7 @@ from kedit_lightning.logger import EditLogger
 from kedit_lightning.measurement import Measurement
 from kedit_lightning.metrics import Evaluation
 from kedit_lightning.models.launching import strategy_of
+from kedit_lightning.resume import check_processes, environment, settings
 from kedit_lightning.run import SETTINGS, Record, RunDirectory, newest, read_deltas
 from kedit_lightning.stream import EditStream
 from kedit_lightning.studies import Studies
@@ -245,7 +246,9 @@ class EditTrainer(Studies):
 
         def measure() -> Record:
             editor.base.restore()
-            self._measurement = Measurement(self, editor, given(datamodule, stage))
+            data = given(datamodule, stage)
+            self._measurement = Measurement(self, editor, data)
+            check_processes(settings(editor, data, self._measurement) | environment(self))
             self._measurement.open(stage)
             for update in updates:
                 editor.base.write(update.name, update.update)

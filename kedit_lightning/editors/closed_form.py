@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kedit_lightning.delta import WeightDelta
@@ -16,6 +17,7 @@ from kedit_lightning.editors.training import StagedTraining
 from kedit_lightning.edits import Part, Site, Token
 from kedit_lightning.errors import KeditError, RejectedError
 from kedit_lightning.models.key_statistics import KeyStatistics
+from kedit_lightning.models.statistics import Statistics
 from kedit_lightning.solvers import NotFiniteError
 
 Spread = Literal["even", "sqrt"]
@@ -26,10 +28,17 @@ class ClosedForm(StagedTraining):
 
     moments: dict[Site, KeyStatistics]
     """Second moment of the keys of each site that is edited."""
+    statistics: Statistics
+    """Where they come from."""
     can_be_side_by_side = True
     """Whether edits can be `side_by_side`."""
     side_by_side = False
     """Whether the edits know nothing of each other: each is written alone, into its own rows (`SideBySide`)."""
+
+    @property
+    def moments_dtype(self) -> torch.dtype | None:
+        """In which type second moments are kept from `prepare` on; None: there are none."""
+        return None if self.statistics.source == "identity" else getattr(torch, self.statistics.mom2_dtype)
 
     def keys(self, tokens: Mapping[Site, Token], *, bare: bool = False) -> dict[Site, Keys]:
         """Keys of all edits of the batch at tokens of sites, by one forward pass; also those of the bare prompts."""

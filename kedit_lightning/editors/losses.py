@@ -65,7 +65,7 @@ def edit_loss(
     asked = torch.searchsorted(asking, line)
     # Where logits are needed: before every target token, then at the KL's places.
     read = torch.cat([line, kl_row]), torch.cat([position, kl_at])
-    run = forward(rows, at) if len(rows) else None
+    run = forward(rows, at) if len(read[0]) else None  # rows of which nothing is read do not run
     nothing = torch.zeros(0, 1, device=mine.device)
     with torch.no_grad():
         added = {site: delta[edit] for site, delta in (kl_reference or {}).items()}

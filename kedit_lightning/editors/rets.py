@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
+
 from kedit_lightning.data.bare_prompts import BarePrompts
 from kedit_lightning.editors.rome import ROME
 from kedit_lightning.edits import SLOT, Edit
@@ -79,6 +81,11 @@ class RETS(ROME):
     def request(self, edit: Edit) -> Edit:
         """The whole prompt as the subject."""
         return replace(edit, prompt=SLOT, subject=edit.text)
+
+    @property
+    def moments_dtype(self) -> torch.dtype | None:
+        """Float64, where there is a constraint."""
+        return torch.float64 if self.constraint else super().moments_dtype
 
     def prepare(self) -> None:
         """Also the second moments of the constraint."""

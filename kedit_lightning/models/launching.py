@@ -58,7 +58,8 @@ class Launcher(_SubprocessScriptLauncher):
             while not over.wait(1):
                 if self._incomplete() and not over.wait(PATIENCE):
                     try:
-                        say((None if self._orphaned() else _left()) or str(self._lost(rank)))
+                        if not self._orphaned() or self.cluster_environment.local_rank() == 1:  # one says it
+                            say((None if self._orphaned() else _left()) or str(self._lost(rank)))
                     finally:  # whatever becomes of the word
                         self.kill(signal.SIGKILL)
                         os._exit(1)
@@ -85,13 +86,16 @@ class Launcher(_SubprocessScriptLauncher):
         lost, store = _is_loss(error), distributed.is_initialized() and _get_default_store()
         instead: KeditError | None = None
         if rank > 0 and store:
-            with suppress(RuntimeError):  # the first is gone
+            try:
                 if lost:
                     store.check([REASON])
                     instead = ElsewhereError(str(self._lost(rank)))
                 elif isinstance(error, Exception):  # no interrupt, which the first has itself
                     store.set(REASON, f"process {rank} has failed: {str(error) or type(error).__name__}")
                     instead = ElsewhereError(str(error)) if isinstance(error, KeditError) else None
+            except RuntimeError:  # the first is gone: one of a machine's others says so
+                if lost and self.cluster_environment.local_rank() > 1:
+                    instead = ElsewhereError(str(self._lost(rank)))
         elif lost:  # the others find it as well, or say why they have ended
             _wait(self.procs, MOMENT)
             if (left := _left()) is not None:

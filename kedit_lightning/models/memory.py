@@ -14,7 +14,7 @@ from kedit_lightning.models.devices import free_memory
 from kedit_lightning.models.key_statistics import ROOMY, KeyStatistics
 from kedit_lightning.models.language_model import LanguageModel
 from kedit_lightning.models.offloading import device_of
-from kedit_lightning.models.processes import gathered
+from kedit_lightning.models.processes import gathered, on_this_machine
 from kedit_lightning.solvers import woodbury_is_cheaper
 
 CPU_TOKENS = 2048
@@ -51,9 +51,15 @@ def activations(base: LanguageModel, tokens: float, logits: float) -> float:
     return tokens * (16 * width + 4 * keys) * weight.element_size() + logits * 4 * 4 * vocabulary
 
 
+def free_for_one(device: torch.device) -> int:
+    """Bytes that are free for this process: of main memory an equal part, since a machine's processes share it."""
+    free = free_memory(device)
+    return free // on_this_machine() if device.type == "cpu" else free
+
+
 def room(needs: Mapping[torch.device, tuple[int, int]]) -> int:
     """For how many edits there is room, by what they need (`needed`); where none needs any, for all."""
-    left = {device: free_memory(device) - fixed for device, (fixed, _) in needs.items()}
+    left = {device: free_for_one(device) - fixed for device, (fixed, _) in needs.items()}
     return min((max(0, left[device] // each) for device, (_, each) in needs.items() if each), default=sys.maxsize)
 
 
@@ -90,7 +96,7 @@ def require(
         KeditError: It takes more than is free; the message says for how many edits there is room.
     """
     for device, (fixed, each) in needed(base, sites, n, kept, moments).items():
-        free = free_memory(device)
+        free = free_for_one(device)
         if fixed + n * each <= free:
             continue
         room = max(0, (free - fixed) // each)

@@ -15,6 +15,7 @@ from kedit_lightning.errors import StatisticsError
 from kedit_lightning.models.devices import is_out_of_memory
 from kedit_lightning.models.encoding import Batch, buckets
 from kedit_lightning.models.language_model import LanguageModel
+from kedit_lightning.models.processes import agreed
 
 ForwardDtype = Literal["float32", "bfloat16", "tf32"]
 ROW = 512
@@ -182,9 +183,11 @@ class KeyReader:
         twice = row + row  # some kernels see packed documents in a batch of one row only
         alone = self._read(lay_out([[ids] for ids in twice], self.skip, packed=False), self.forward_dtype)
         together = self._read(lay_out([row, row], self.skip), self.forward_dtype)
-        self.packed = all(
-            bool(((together[site] - keys).norm(dim=1) <= EQUAL * keys.norm(dim=1)).all())
-            for site, keys in alone.items()
+        self.packed = agreed(
+            all(
+                bool(((together[site] - keys).norm(dim=1) <= EQUAL * keys.norm(dim=1)).all())
+                for site, keys in alone.items()
+            )
         )
         return self.packed
 

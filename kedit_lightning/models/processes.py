@@ -7,6 +7,7 @@ they tell each other is plain data, sent as JSON.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -31,6 +32,14 @@ def ranks() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def on_this_machine() -> int:
+    """How many processes share this machine, as torchrun or SLURM says; all of them, where nothing says it."""
+    there = distributed.is_available() and distributed.is_initialized()
+    processes = distributed.get_world_size() if there else 1
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or ""
+    return min(processes, int(told)) if told.isdecimal() and int(told) else processes
 
 
 # ---------------------------------------------------------------------- shares and sums

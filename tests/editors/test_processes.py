@@ -65,8 +65,10 @@ class Case:
 
 WIDE = {"clamp_norm_factor": 6.0}
 EAC = Compression(v_num_grad_steps1=4, v_num_grad_steps2=4, elastic_l1=1e-3)
+TWO = ContextTemplates(templates=[["{}", "Yes. {}"]])  # and "{subject} is a", which is all that the third process has
 CASES = {
     "ROME": Case("ROME", EDITS[:1]),
+    "ROME, one process asks nothing": Case("ROME", EDITS[:1], {"kl_factor": 0.0, "context_templates": TWO}),
     "TOP": Case("TOP", EDITS[:2], {"stop1": 6.9, "stop2": 0.5, "clamp_norm_factor": 6.0}),
     "TOP, one edit": Case("TOP", EDITS[:1], {"preset": "released"}),
     "MEMIT": Case("MEMIT", EDITS, {"stop": 6.63} | WIDE),
