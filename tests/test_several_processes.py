@@ -445,14 +445,15 @@ def test_torchrun(pair: dict[int, Path], world: World) -> None:
 
 
 @pytest.mark.slow
-def test_other_settings_in_one_process_are_refused(pair: dict[int, Path], world: World) -> None:
+@pytest.mark.parametrize("command", ["fit", "validate", "statistics"])
+def test_other_settings_in_one_process_are_refused(pair: dict[int, Path], world: World, command: str) -> None:
     """Started by hand, one of them with another learning rate."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
         begin(
-            *("fit", "--config", pair[2] / "config.yaml", "--trainer.name", "other", f"--model.v_lr={0.5 + rank}"),
+            *(command, "--config", pair[2] / "config.yaml", "--trainer.name", "other", f"--model.v_lr={0.5 + rank}"),
             LOCAL_RANK=rank,
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
