@@ -11,6 +11,7 @@ templates. Runs that the CSV file holds are not repeated; tables stand below the
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -140,21 +141,49 @@ def row_of(lines: Tensor) -> Row:
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """A table for each noise: every layer and editor, the seeds together."""
-    names, parts = ("layer", "editor", "settings"), []
+    """Whether TOP evens out what ROME does, by variant; then every layer and editor, the seeds together."""
+    names, parts, verdicts = ("layer", "editor", "settings"), list[str](), list[list[str]]()
 
     def place(row: Row) -> list[str]:
         return [row[name] for name in names]
 
     for noise in NOISES:
         mine = [row for row in rows if float(row["noise"]) == noise and int(row["edits"])]
-        lines = []
-        for which, some in groupby(sorted(mine, key=place), key=place):
-            of = list(some)
-            means = [pooled(of, name) for name in COLUMNS]
-            lines.append([*which, str(sum(int(row["edits"]) for row in of)), *(f"{m:.2f} ± {h:.2f}" for m, h in means)])
+        groups = {tuple(which): list(some) for which, some in groupby(sorted(mine, key=place), key=place)}
+        lines = [
+            [*which, str(sum(int(row["edits"]) for row in of)), *(shown(pooled(of, name)) for name in COLUMNS)]
+            for which, of in groups.items()
+        ]
         parts += [f"### Noise of {noise:g} deviations", markdown([*names, "prompts", *COLUMNS], lines)]
-    return parts
+        for (layer, editor, settings), of in groups.items():
+            steps = settings == words({})
+            tops = {w[2]: t for w, t in groups.items() if w[:2] == (layer, "TOP") and ("l_a" in w[2]) == steps}
+            if editor == "ROME" and tops:
+                which = [f"{noise:g}", layer, "published" if steps else "small steps"]
+                verdicts += [[*which, name, *_even(name, of, tops)] for name in COLUMNS[-2:]]
+    head = ["noise", "layer", "settings", "measure", "ROME", "TOP, nearest to 0", "its l_a", "ROME above 0"]
+    head += ["TOP nearer to 0"]
+    return ["### What ROME does, and whether TOP evens it out", markdown(head, verdicts), *parts]
+
+
+def _even(name: str, rome: Sequence[Row], tops: Mapping[str, Sequence[Row]]) -> list[str]:
+    """A gap under ROME, under the settings of TOP whose gap is nearest to 0, and both verdicts."""
+    there, of = pooled(rome, name), {settings: pooled(rows, name) for settings, rows in tops.items()}
+    best = min(of, key=lambda settings: abs(of[settings][0]))
+    apart = abs(there[0]) - abs(of[best][0])
+    nearer = "yes" if apart > math.hypot(there[1], of[best][1]) else "within intervals" if apart > 0 else "no"
+    return [
+        shown(there),
+        shown(of[best]),
+        best if "l_a" in best else "l_a -1",
+        "yes" if there[0] > there[1] else "no",
+        nearer,
+    ]
+
+
+def shown(pair: tuple[float, float]) -> str:
+    """A mean and half the width of its interval."""
+    return f"{pair[0]:.2f} ± {pair[1]:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from kedit_lightning.writing import write_beside, write_csv
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_log = logging.getLogger(__name__)
 KNOWN = 12
 """Quantities that a message lists at most."""
 
@@ -36,20 +38,23 @@ def curves(runs: Mapping[str, Sequence[Path]], quantities: Mapping[str, str], fo
         The files but for TensorBoard's.
 
     Raises:
-        KeditError: A run has no such files, or a quantity is in none of them.
+        KeditError: A run has no such files, or none of the quantities is in any of them; of some only, they are left
+            out with a warning (a retained share is not there where the unedited model fails all tasks).
     """
     from matplotlib import rc_context
     from torch.utils.tensorboard import SummaryWriter
 
     lines = {label: [_lines(Path(path)) for path in paths] for label, paths in runs.items()}
     tables = {name: curve(lines, quantity) for name, quantity in quantities.items()}
-    for name, rows in tables.items():
-        if not rows:
-            every = chain.from_iterable(chain.from_iterable(lines.values()))
-            known = sorted(dict.fromkeys(place for line in every for place in _names(line)))
-            more = f" and {len(known) - KNOWN} more" if len(known) > KNOWN else ""
-            msg = f"{quantities[name]} is in none of the runs; there are {', '.join(known[:KNOWN])}{more}"
+    if missing := [quantities[name] for name, rows in tables.items() if not rows]:
+        every = chain.from_iterable(chain.from_iterable(lines.values()))
+        known = sorted(dict.fromkeys(place for line in every for place in _names(line)))
+        more = f" and {len(known) - KNOWN} more" if len(known) > KNOWN else ""
+        msg = f"{', '.join(missing)} is in none of the runs; there are {', '.join(known[:KNOWN])}{more}"
+        if len(missing) == len(tables):
             raise KeditError(msg)
+        _log.warning("warning: not drawn: %s", msg)
+        tables = {name: rows for name, rows in tables.items() if rows}
     files: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE), SummaryWriter(str(folder)) as writer:

@@ -80,7 +80,15 @@ def test_what_cannot_be_drawn_is_one_clear_line(tmp_path: Path, runs: dict[str, 
     with pytest.raises(
         KeditError, match=r"tasks.nli is in none of the runs; there are drift\.\*\.l1, edits, so_far\.reli"
     ):
-        curves(runs, {"drift": "drift.*.l1", "nli": "tasks.nli"}, out, "")
+        curves(runs, {"nli": "tasks.nli"}, out, "")
     with pytest.raises(KeditError, match=r"expected a run with checkpoints.jsonl or health.jsonl, found neither"):
         curves({"a": [tmp_path / "nowhere"]}, {"drift": "drift.*.l1"}, out, "")
     assert not out.exists(), "nothing half-made"
+
+
+def test_what_no_run_has_is_left_out_beside_others(
+    tmp_path: Path, runs: dict[str, list[Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    files = curves(runs, {"drift": "drift.*.l1", "retained": "retained.mean"}, tmp_path, "")
+    assert {path.name for path in files} == {"drift.png", "drift.csv", "table.md"}
+    assert "warning: not drawn: retained.mean is in none of the runs" in caplog.text

@@ -454,6 +454,7 @@ def test_other_settings_in_one_process_are_refused(pair: dict[int, Path], world:
     processes = [
         begin(
             *(command, "--config", pair[2] / "config.yaml", "--trainer.name", "other", f"--model.v_lr={0.5 + rank}"),
+            *(("--model.statistics.source", world.corpus) if command == "statistics" else ()),
             LOCAL_RANK=rank,
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
