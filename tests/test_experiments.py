@@ -175,7 +175,8 @@ class Small:
     def data(self, data: dict[str, Any], family: str) -> dict[str, Any]:
         """The data block with three records."""
         if data.get("dataset") == "almanac":
-            return data | {"stop": 3, "batch_size": min(3, data.get("batch_size", 1))}
+            few = {name: min(3, data[name]) for name in ("batch_size", "restore_every") if data.get(name)}
+            return data | {"stop": 3} | few
         kept = {name: value for name, value in data.items() if name not in ("size", "options")}
         options = {k: v for k, v in data.get("options", {}).items() if k != "seed"}
         return kept | {"path": str(self.records(family, data["dataset"])), "options": options}
@@ -192,6 +193,8 @@ class Small:
             settings["context_templates"] = {"templates": [["{}"], ["Yes. {}"]]}
         if "statistics" in settings and not almanac:
             settings["statistics"] = {"source": str(self.texts), "ridge": 0.1}
+        if "nullspace_threshold" in settings and not almanac:
+            settings["nullspace_threshold"] = 1.0  # of so small a model's keys
         if "constraint" in settings:
             source = {} if almanac else {"path": str(self.records("gpt2", "counterfact"))}
             settings["constraint"] = settings["constraint"] | {"size": 3} | source
