@@ -126,20 +126,21 @@ def struck(process: Popen, ready: Callable[[], bool], number: int, *pids: int) -
     """Send processes of a stream a signal.
 
     Args:
-        process: The first, which has started one more.
+        process: The first, which has started the others.
         ready: Whether it is time.
         number: The signal.
-        pids: 0: the first, 1: the other.
+        pids: 0: the first, 1: the second.
 
     Returns:
-        Exit status of the first, and what both have said when they have ended.
+        Exit status of the first, and what all have said when they have ended.
     """
     while not ready():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    [other] = others = children(process)
+    others = children(process)
+    assert others
     for which in pids:
-        os.kill((process.pid, other)[which], number)
+        os.kill((process.pid, *others)[which], number)
     end = time.monotonic() + PATIENCE
     while any(map(lives, [process.pid, *others])):
         assert time.monotonic() < end, "processes wait for one that is gone"
@@ -341,6 +342,15 @@ def test_all_stop_with_one_line_and_go_on(
     assert ended == status
     one_line(err, said)
     goes_on(run, pair)
+
+
+@pytest.mark.slow
+def test_where_the_first_of_three_is_killed_one_line_says_so(pair: dict[int, Path], tmp_path: Path) -> None:
+    three = ("--trainer.devices", 3, "--trainer.save_dir", tmp_path, "--trainer.name", "three")
+    process = begin("fit", "--config", pair[2] / "config.yaml", *three)
+    status, err = struck(process, committed(tmp_path / "three" / "version_0"), signal.SIGKILL, 0)
+    assert status == -9
+    one_line(err, "process 1 has lost the others")
 
 
 @pytest.mark.slow
