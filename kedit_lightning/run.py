@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from kedit_lightning.errors import DeltaError, KeditError
 from kedit_lightning.lines import Lines, as_lines
 from kedit_lightning.lines import Record as Record
 from kedit_lightning.models.processes import first
-from kedit_lightning.writing import locked, unwritable, write_beside
+from kedit_lightning.writing import begun, locked, unwritable, write_beside
 
 Commit = tuple[int, list[WeightDelta], Record]
 Content = tuple[int, Sequence[WeightDelta], Record, Mapping[str, Tensor]]
@@ -67,36 +67,12 @@ class RunDirectory:
             raise KeditError(msg) from error
         except OSError as error:
             raise unwritable(deltas, error) from error
-        try:
+        with self.begun():
             yield
-        except BaseException:
-            self._forget()
-            raise
 
-    @contextmanager
-    def begun(self) -> Iterator[None]:
-        """Make the directory; if the context fails before it has written anything of its own, nothing is left.
-
-        Raises:
-            KeditError: It cannot be made.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-        try:
-            yield
-        except BaseException:
-            if {path.name for path in self.path.iterdir()} <= set(PREPARED):
-                self._forget()
-            raise
-
-    def _forget(self) -> None:
-        for name in PREPARED:
-            (self.path / name).unlink(missing_ok=True)
-        for folder in (self.path / "deltas", self.path):
-            with suppress(OSError):  # TensorBoard has begun its file
-                folder.rmdir()
+    def begun(self) -> AbstractContextManager[None]:
+        """Make the directory, of which nothing is left if the context fails before anything is found."""
+        return begun(self.path, {*PREPARED, "deltas"})
 
     @contextmanager
     def locked(self) -> Iterator[None]:

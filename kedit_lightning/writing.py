@@ -6,7 +6,7 @@ import csv
 import fcntl
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,34 @@ def _flush_names(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def begun(folder: Path, prepared: Collection[str]) -> Iterator[None]:
+    """Make a folder; if the context fails before anything lies there but what is prepared, nothing is left.
+
+    Args:
+        folder: The folder.
+        prepared: Names of what counts for nothing, beside TensorBoard's files; those stay, and the folder with them.
+
+    Raises:
+        KeditError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    try:
+        yield
+    except BaseException:
+        there = [path for path in folder.iterdir() if not path.match("events.out.*")]
+        if {path.name for path in there} <= set(prepared):
+            for path in there:
+                with suppress(OSError):  # a folder with something in it
+                    path.rmdir() if path.is_dir() else path.unlink()
+            with suppress(OSError):  # TensorBoard has begun its file
+                folder.rmdir()
+        raise
 
 
 @contextmanager

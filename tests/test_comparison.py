@@ -36,6 +36,7 @@ def experiment(world: World, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+@pytest.mark.slow
 def test_it_runs_every_variant_and_seed_once_and_draws_them(world: World, tmp_path: Path) -> None:
     file = write(tmp_path / "pair.yaml", experiment(world))
     logs = tmp_path / "logs"

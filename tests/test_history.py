@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kedit_lightning import delta as delta_files
-from kedit_lightning import history
+from kedit_lightning import history, tensor_files
 from kedit_lightning.data.datamodule import EditDataModule
 from kedit_lightning.delta import WeightDelta
 from kedit_lightning.errors import KeditError
@@ -115,7 +115,8 @@ def test_the_newest_only(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_model_and_no_tensor_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LanguageModel, "__init__", lambda *_, **__: pytest.fail("a model is loaded"))
-    monkeypatch.setattr(delta_files, "_checked", lambda *_: pytest.fail("tensors are read"))
+    monkeypatch.setattr(delta_files, "load", lambda *_: pytest.fail("tensors are read"))
+    monkeypatch.setattr(tensor_files, "checksum", lambda *_: pytest.fail("tensors are read"))
     assert len(logged(run)) == 4
 
 

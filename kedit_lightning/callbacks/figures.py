@@ -127,8 +127,7 @@ def before_after(report: Record) -> Figure:
 
 
 def _bars(axis: Axes, names: Sequence[str], pre: Record, post: Record, unit: str) -> None:
-    scale = 100 if unit == "%" else 1
-    most = 100.0 if unit == "%" else math.inf
+    scale, most, digits = (100, 100.0, 1) if unit == "%" else (1, math.inf, 2)
     longest = most if unit == "%" else max(summary[name]["mean"] for name in names for summary in (pre, post))
     for summary, offset, colour, label in ((pre, -0.2, BEFORE, "before"), (post, 0.2, AFTER, "after")):
         means = [scale * summary[name]["mean"] for name in names]
@@ -139,8 +138,7 @@ def _bars(axis: Axes, names: Sequence[str], pre: Record, post: Record, unit: str
         within = [[min(error, mean) for mean, error in known], [min(error, most - mean) for mean, error in known]]
         axis.errorbar(means, rows, xerr=within, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
         for row, mean, error in zip(rows, means, errors, strict=True):
-            number = f"{mean:.1f}" if unit == "%" else f"{mean:.2f}"
-            axis.text(min(mean + error, most) + 0.012 * longest, row, number, va="center", fontsize=8.5)
+            axis.text(min(mean + error, most) + 0.012 * longest, row, f"{mean:.{digits}f}", va="center", fontsize=8.5)
     axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
     axis.set_ylim(len(names) - 0.45, -0.55)
     axis.set_xlim(0, 1.12 * longest)
