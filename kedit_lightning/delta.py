@@ -117,8 +117,9 @@ def save(
     Raises:
         KeditError: The file cannot be written; nothing is left of it.
     """
+    # Cloned, because an update's factors may share their memory with others'.
     tensors = {
-        f"{i:06d}/{delta.name}/{kind}": tensor
+        f"{i:06d}/{delta.name}/{kind}": tensor.clone(memory_format=torch.contiguous_format)
         for i, delta in enumerate(deltas)
         for kind, tensor in delta.tensors.items()
     }

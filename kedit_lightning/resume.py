@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -143,13 +143,17 @@ def check(run: RunDirectory, here: Record, *, anyway: bool) -> Record | None:
     return goes_by
 
 
-def check_processes(here: Record) -> None:
+def check_processes(describe: Callable[[], Record]) -> None:
     """See that all processes have the same code, libraries and settings; devices and numbers of threads may differ.
+
+    Args:
+        describe: Gives the settings, whose hashes take a while; not asked where there is but one process.
 
     Raises:
         KeditError: They do not.
     """
     if ranks()[1] > 1:
+        here = describe()
         code = hashlib.sha256()
         for file in sorted(Path(__file__).parent.rglob("*.py")):
             code.update(file.read_bytes())

@@ -81,7 +81,7 @@ class EditStream:
         editor, run = self.editor, self.run
         environment = resume.environment(self.trainer)
         here = resume.settings(editor, self.datamodule, self.measurement) | environment
-        resume.check_processes(here)
+        resume.check_processes(lambda: here)
         begun = first(lambda: resume.check(run, here, anyway=self.anyway))
         self.trainer.tell("on_stream_start", editor, len(self.edits))
         editor.prepare()

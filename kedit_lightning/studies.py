@@ -113,9 +113,12 @@ class Studies(Trainer):
         statistics.check(base, sites)  # before processes are started
         base.check_processes(self.world_size)
 
-        def work() -> None:
+        def described() -> Record:
             weights = fingerprint_below(base, max(site.layer for site in sites))
-            check_processes({**model.config, **environment(cast("EditTrainer", self)), "weights": weights})
+            return {**model.config, **environment(cast("EditTrainer", self)), "weights": weights}
+
+        def work() -> None:
+            check_processes(described)
             self.tell("on_statistics", compute(base.to(self.strategy.root_device), statistics, sites))
 
         together(self, work)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -55,14 +54,13 @@ class TensorFile:
 
         Args:
             path: A ``.safetensors`` file.
-            tensors: By name.
+            tensors: By name; safetensors takes no two that share their memory.
             metadata: JSON-able.
 
         Raises:
             KeditError: The file cannot be written; nothing is left of it.
         """
-        # Cloned, because safetensors takes no two tensors that share their memory.
-        own = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
+        own = {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
         header = {"format": self.format, "metadata": json.dumps(metadata), "sha256": checksum(own)}
         content = _ordered(to_bytes(own, header))
         write_beside(path, lambda beside: beside.write_bytes(content))

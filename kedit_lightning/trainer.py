@@ -248,7 +248,7 @@ class EditTrainer(Studies):
             editor.base.restore()
             data = given(datamodule, stage)
             self._measurement = Measurement(self, editor, data)
-            check_processes(settings(editor, data, self._measurement) | environment(self))
+            check_processes(lambda: settings(editor, data, self._measurement) | environment(self))
             self._measurement.open(stage)
             for update in updates:
                 editor.base.write(update.name, update.update)
